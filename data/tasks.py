@@ -1,0 +1,182 @@
+"""The tasks by name: where their files are, how they get here, which part is train, dev and test.
+
+`load` is what the programs call; a task is a list of Examples. Training takes each (source, target)
+as a pair of its own, so that E2E's train split gives the 42,061 pairs of the official file; dev and
+test are decoded once an Example and scored against all its targets.
+An Example is one distinct table in E2E, whose file has a line for each reference, and one entry of
+the official file in WebNLG and DART: these are scored by entry, equal tables included.
+Not here: the formats of the files (formats.py), the micro-world (world.py), what a length may be
+(sequence.py).
+"""
+import difflib
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from data import formats
+from plumbing import download
+
+
+@dataclass(frozen=True)
+class Example:
+    """One table (or text) and everything that people wrote about it."""
+    source: str
+    targets: tuple[str, ...]        # several references; training takes each as a pair of its own
+    topic: str = ""                 # WebNLG's category, or the "topic" of a line of JSON
+
+
+SPLITS = ("train", "dev", "test")
+E2E = "https://raw.githubusercontent.com/tuetschek/e2e-dataset/master/"
+DART = "https://raw.githubusercontent.com/Yale-LILY/dart/master/data/v1.1.1/"
+# The release itself is XML; the paper's repository has it in one JSON file a split, at this commit.
+WEBNLG = ("https://raw.githubusercontent.com/XiangLi1999/PrefixTuning/"
+          "6519d30e69b15a180f23e2cd41b766d3f62b8e82/data/webnlg_challenge_2017/")
+
+# Task and split: where the official file is, its SHA-256, and the names under which it is looked
+# for (each also with .gz; the first is the name that a download gets).
+FILES = {
+    ("e2e", "train"): (E2E + "trainset.csv",
+                       "f27d48df45815288ab15619d47a79028c300fbb7f42e373668aba0b98c1d57c6",
+                       ("trainset.csv",)),
+    ("e2e", "dev"): (E2E + "devset.csv",
+                     "fc26b78cdb849c80545f513b223d1e051138b43882eeb79e3eb153e689c864f9",
+                     ("devset.csv",)),
+    ("e2e", "test"): (E2E + "testset_w_refs.csv",
+                      "edc8db685e39bb9824d5bd70c18b1c9b0412d14b527aa960e2d1c8251ee15ccd",
+                      ("testset_w_refs.csv",)),
+    ("webnlg", "train"): (WEBNLG + "train.json",
+                          "180edb6011360608c8548d4551366a9d55f140cbf9bc9397fbf4d97f6a89c639",
+                          ("webnlg_challenge_2017_train.json", "train.json",
+                           "webnlg_challenge_2017/train", "train")),
+    ("webnlg", "dev"): (WEBNLG + "dev.json",
+                        "50f5a2c24d760bc84ba3e852707cd3b43b0cf2da035b425f87945a2440880488",
+                        ("webnlg_challenge_2017_dev.json", "dev.json",
+                         "webnlg_challenge_2017/dev", "dev")),
+    ("webnlg", "test"): (WEBNLG + "test.json",
+                         "2574896b23b5959d1a0cd4bb501ffbeff1a11790a9996c4cb8efed289149ff4f",
+                         ("webnlg_challenge_2017_test.json", "test.json",
+                          "webnlg_challenge_2017/test/testdata_with_lex.xml",
+                          "test/testdata_with_lex.xml")),
+    ("dart", "train"): (DART + "dart-v1.1.1-full-train.json",
+                        "0671b56f4b090ccf1c0187364d45c6f1214421d6f1081a21800596860f314e70",
+                        ("dart-v1.1.1-full-train.json", "dart-v1.1.1-full-train.jsonl")),
+    ("dart", "dev"): (DART + "dart-v1.1.1-full-dev.json",
+                      "5038f3543b6d59b94ac4e3f69d15a0b01d8578913f862142e7c560200dd6e434",
+                      ("dart-v1.1.1-full-dev.json", "dart-v1.1.1-full-dev.jsonl")),
+    ("dart", "test"): (DART + "dart-v1.1.1-full-test.json",
+                       "c772553b482dd5fc7b8ad90d68889062a2603e28d4449ee1f162006819e0565e",
+                       ("dart-v1.1.1-full-test.json", "dart-v1.1.1-full-test.jsonl")),
+}
+DOWNLOADS = Path(__file__).parent / "downloads"
+NAMES = ("world", "world-hard", "e2e", "webnlg", "dart")
+
+# WebNLG's categories that train has. The test set has five more; "unseen" is the score on those.
+WEBNLG_SEEN = frozenset(("Airport", "Astronaut", "Building", "City", "ComicsCharacter", "Food",
+                         "Monument", "SportsTeam", "University", "WrittenWork"))
+
+
+def guess(got, expected):
+    """The end of an error message: what was expected, and what was probably meant."""
+    near = difflib.get_close_matches(got, expected, 1)
+    return f"{', '.join(expected)}; " + (f"did you mean {near[0]}?" if near else "choose one")
+
+
+def find(folder, names):
+    """The first of `names`, plain or gzipped, in `folder`; a directory counts if it holds XML."""
+    for name in names:
+        for path in (folder / name, folder / f"{name}.gz"):
+            if path.is_file() or path.is_dir() and any(path.rglob("*.xml")):
+                return path
+    return None
+
+
+def official_file(name, split, data_dir):
+    """The path of an official file: in `data_dir` if one is given, else downloaded once and kept.
+
+    Files in `data_dir` are the user's own choice: their SHA-256 is not asked for.
+    """
+    url, sha256, names = FILES[name, split]
+    if data_dir is None:
+        path = find(DOWNLOADS / name, names)
+        if path is None:
+            path = DOWNLOADS / name / names[0]
+            # DART's repository has held its files with both line ends; the digests are of "\n".
+            download(url, path, sha256, any_line_end=name == "dart")
+        return path
+    for folder in (Path(data_dir) / name, Path(data_dir)):
+        path = find(folder, names)
+        if path is not None:
+            return path
+    raise ValueError(f"got no {name} {split} file in {data_dir} or {Path(data_dir) / name}, "
+                     f"expected {' or '.join(names)}, plain or .gz; fetch {url} to there, or leave "
+                     "--data-dir out")
+
+
+def jsonl_rows(path):
+    """One row for each distinct source (and topic): targets of lines that agree are gathered."""
+    targets = {}
+    for row in formats.read_jsonl(path):
+        targets.setdefault((row["source"], row.get("topic") or ""), []).extend(row["target"])
+    return [(source, tuple(texts), topic) for (source, topic), texts in targets.items()]
+
+
+def jsonl_split(path, split, seed):
+    """The rows of one split of your own file, say my.jsonl.
+
+    test is my.test.jsonl beside it. dev is my.dev.jsonl beside it; where there is none, a tenth of
+    the distinct sources of my.jsonl (at least 1, at most 500) is held out of train, chosen by a
+    hash of the source: the order of the lines does not matter, and lines with the same source are
+    never on both sides.
+    """
+    stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
+    beside = {part: find(path.parent, (f"{stem}.{part}.jsonl",)) for part in ("dev", "test")}
+    if beside.get(split):
+        return jsonl_rows(beside[split])
+    if split == "test":
+        raise ValueError(f"got no test split for {path}, expected {stem}.test.jsonl beside it; put "
+                         "it there, or choose the split dev")
+    rows = jsonl_rows(path)
+    if beside["dev"]:
+        return rows
+    sources = sorted({source for source, _, _ in rows},
+                     key=lambda source: hashlib.sha256(f"{seed} {source}".encode()).digest())
+    if len(sources) == 1:
+        raise ValueError(f"{path}: got one distinct source, expected two, so that one can be held "
+                         f"out for dev; add lines, or put {stem}.dev.jsonl beside it")
+    held_out = set(sources[:min(500, max(1, len(sources) // 10))])
+    return [row for row in rows if (row[0] in held_out) == (split == "dev")]
+
+
+def load(name, split, data_dir=None, seed=0):
+    """The Examples of one split, "train", "dev" or "test", of a task.
+
+    name: one of NAMES, or the path of your own .jsonl or .jsonl.gz file. The micro-world's test is
+    its "test-seen" and "test-unseen" together; it has its own further splits (see world.py).
+    data_dir: a folder with the official files, or with e2e/, webnlg/, dart/ in it; None downloads.
+    seed: of the part held out of a JSONL file, and of the micro-world. It is not the seed of the
+    training: runs with different seeds learn from the same data and are judged on the same dev.
+    """
+    if name in ("world", "world-hard"):
+        from data.world import task             # world.py imports Example from here
+        parts = ("test-seen", "test-unseen") if split == "test" else (split,)
+        style = "near" if name == "world" else "hard"
+        return [example for part in parts for example in task(style, part, seed=seed)]
+    if split not in ("train", "dev", "test"):
+        raise ValueError(f"got the split {split!r}, expected one of "
+                         + guess(split, ("train", "dev", "test")))
+    if name.removesuffix(".gz").endswith(".jsonl"):
+        path = Path(name)
+        if not path.is_file():
+            raise ValueError(f"got {name}, which is no file, expected JSONL; check the path")
+        rows = jsonl_split(path, split, seed)
+    elif name in NAMES:
+        path = official_file(name, split, data_dir)
+        rows = (formats.read_e2e(path) if name == "e2e" else
+                formats.read_dart(path) if name == "dart" else
+                formats.read_webnlg(path, good_only=split == "train"))
+    else:
+        raise ValueError(f"got the data {name!r}, expected the path of a .jsonl file or one of "
+                         + guess(name, NAMES))
+    if not rows:
+        raise ValueError(f"{path}: got no example, expected at least one; take the official file")
+    return [Example(*row) for row in rows]

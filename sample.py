@@ -1,0 +1,263 @@
+"""Decoding: what the frozen model says, with a prefix in front or without.
+
+    python sample.py --run out/NAME "name : Blue Spice | food : Thai"
+    python sample.py --run out/NAME --input tables.txt --output texts.txt
+    python sample.py --model gpt2 "The prefix"              the frozen model alone goes on
+
+Greedy or sampled, in batches of ragged prompts, each token computed once (a cache of keys and
+values). Standard output carries the text and nothing else. train.py calls `generate` to show a
+sample, and `open_model`. Not here: beam search, scores.
+"""
+import dataclasses
+import difflib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import formats, sequence
+from data.tokenizer import load_tokenizer
+from model import Cache, load
+from plumbing import flag, parse, run, whole_file
+from prefix import load_prefix
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+@dataclasses.dataclass
+class Settings:
+    prompt: str = flag("", "the table or text to start from; without it and --input: asks")
+    run: str = flag("", "directory of a training run, out/NAME: its model with its prefix")
+    model: str = flag("", "without --run: the frozen model of this name, or in this directory")
+    input: str = flag("", "a file with one source a line, or .jsonl with a \"source\" in each line")
+    output: str = flag("", "write here, not to standard output; .jsonl keeps the sources too")
+    max_new: int = flag(100, "tokens to generate at most")
+    min_new: int = flag(0, "tokens to generate before <|endoftext|> is allowed")
+    ban: list = flag([], "text whose tokens may never be said, repeatable; with --run and none "
+                         "given: line breaks, as in the paper")
+    temperature: float = flag(0.0, "0: greedy; 1: sample from the model's distribution")
+    top_k: int = flag(0, "sample from the k likeliest tokens only; 0: from all")
+    top_p: float = flag(1.0, "sample from the likeliest tokens that together have this probability")
+    seed: int = flag(101, "seed of the sampling")
+    batch_size: int = flag(16, "sources decoded at once, with --input")
+    device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
+    dtype: str = flag("auto", "of the frozen weights; auto: bf16 on a GPU that has it, else fp32",
+                      choices=["auto", "fp32", "bf16", "fp64"])
+
+
+def decide_device(device, dtype):
+    """(torch device, torch dtype) for the words of --device and --dtype; says on stderr what and
+    why.
+    """
+    cuda = torch.cuda.is_available()
+    why = ("asked for" if device != "auto" else "there is one" if cuda else "no CUDA device here")
+    device = torch.device(("cuda" if cuda else "cpu") if device == "auto" else device)
+    if device.type == "cuda" and not cuda:
+        raise ValueError(f"got --device {device}, but PyTorch sees no CUDA; use --device cpu")
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    because = "asked for" if dtype != "auto" else "fast here" if fast else "no fast bf16 known here"
+    dtype = ("bf16" if fast else "fp32") if dtype == "auto" else dtype
+    print(f"device {device} ({why}), weights in {dtype} ({because})", file=sys.stderr)
+    return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[dtype]
+
+
+def find_model(name):
+    """The directory of the model called `name`: a path, weights/NAME, or one to be downloaded into
+    it.
+    """
+    if Path(name).is_dir():
+        if not (Path(name) / "model.pt").exists() and (Path(name) / "config.json").exists():
+            raise ValueError(f"got {name}, which has no model.pt; expected a converted directory; "
+                             f"run `python convert.py {name} --out weights/NAME` first")
+        return Path(name)
+    if (WEIGHTS / name / "config.json").exists():
+        return WEIGHTS / name
+    try:
+        from convert import NAMES, fetch        # a side door, for names that are not here yet
+    except ImportError:
+        NAMES = {}
+    if name in NAMES:
+        fetch(name, WEIGHTS / name)
+        return WEIGHTS / name
+    known = sorted({*NAMES, *(p.parent.name for p in WEIGHTS.glob("*/config.json"))})
+    near = difflib.get_close_matches(name, known, 1)
+    raise ValueError(f"got the model {name!r}; expected a directory or one of {', '.join(known)}"
+                     + (f"; did you mean {near[0]}?" if near else "; convert.py makes new ones"))
+
+
+def open_model(name, device, dtype):
+    """The frozen model called `name` and its tokenizer, on the device asked for."""
+    directory = find_model(name)
+    return load(directory, *decide_device(device, dtype)), load_tokenizer(directory)
+
+
+def choose(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
+    """One token a row from logits (B, V): the likeliest at temperature 0, else drawn. Returns (B,).
+
+    top_k keeps the k likeliest; top_p (Holtzman et al. 2020) keeps the smallest set of likeliest
+    tokens whose probability reaches p, so at least one.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)                                                # (B,)
+    order = logits.argsort(-1, descending=True)                             # (B, V) likeliest first
+    p = (logits / temperature).softmax(-1).gather(1, order)                     # (B, V)
+    if top_k:
+        p[:, top_k:] = 0
+    p = p / p.sum(-1, keepdim=True)                                             # (B, V)
+    if top_p < 1:
+        p[p.cumsum(-1) - p >= top_p] = 0    # the tokens in front of it already have the probability
+    pick = torch.multinomial(p, 1, generator=generator)                         # (B, 1)
+    return order.gather(1, pick).squeeze(1)                                     # (B,)
+
+
+@torch.no_grad()
+def generate(model, prompts, eos, prefix=None, max_new=100, min_new=0, banned=(), choose=choose):
+    """Go on with each of `prompts`, lists of tokens of any lengths.
+
+    A row ends at `eos`, after `max_new` tokens, or where the model's positions are used up.
+    prefix: (L, 2, 1 or B, H, P, D). min_new: tokens before `eos` is allowed; banned: tokens never
+    said. choose: from logits (B, V) to tokens (B,). Returns each row's new tokens, without eos.
+    """
+    prefix = model.no_prefix() if prefix is None else prefix
+    B, T, P = len(prompts), max(map(len, prompts)), prefix.size(4)
+    device, max_new = model.wte.weight.device, min(max_new, model.config.n_positions - P - T)
+    # Padding goes in front, so that the newest token of every row stands in the last column.
+    ids = torch.tensor([[eos] * (T - len(p)) + p for p in prompts], device=device)          # (B, T)
+    pad = torch.tensor([T - len(p) for p in prompts], device=device)                        # (B,)
+    key = torch.arange(P + T + max_new, device=device)
+    real = (key < P) | (key >= P + pad[:, None])                                # (B, P+T+max_new)
+    cache, done, said = Cache(model, B, T + max_new), torch.zeros_like(pad, dtype=torch.bool), []
+    for n in range(max_new):
+        seen = P + cache.length + ids.size(1)
+        hidden = model(ids, prefix, real[:, :seen], cache)              # (B, T, C), later (B, 1, C)
+        logits = model.head(hidden[:, -1])                                      # (B, V)
+        logits[:, list(banned)] = float("-inf")
+        if n < min_new:
+            logits[:, eos] = float("-inf")
+        ids = choose(logits).masked_fill(done, eos)[:, None]                    # (B, 1)
+        said.append(ids)
+        done |= ids[:, 0] == eos
+        if done.all():
+            break
+    rows = torch.cat(said, 1).tolist() if said else [[]] * B                    # (B, tokens said)
+    return [row[:row.index(eos)] if eos in row else row for row in rows]
+
+
+class Speaker:
+    """A model, its prefix and the settings of a program call: text in, text out."""
+
+    def __init__(self, settings):
+        if bool(settings.run) == bool(settings.model):
+            raise ValueError(f"got {'both' if settings.run else 'neither'} of --run and --model; "
+                             "expected one: --run out/NAME, or --model NAME for the frozen model")
+        if settings.temperature < 0 or not 0 < settings.top_p <= 1 or settings.top_k < 0:
+            raise ValueError(f"got temperature {settings.temperature}, top-k {settings.top_k}, "
+                             f"top-p {settings.top_p}; expected >= 0, >= 0, and above 0 up to 1")
+        name = settings.model or run_settings(settings.run)["model"]
+        self.model, self.tokenizer = open_model(name, settings.device, settings.dtype)
+        self.prefix, self.settings = self.model.no_prefix(), settings
+        if settings.run:
+            self.prefix = load_prefix(Path(settings.run) / "prefix.pt", self.model)
+        ban = settings.ban or (["\n", "\n\n"] if settings.run else [])
+        self.banned = sorted({t for text in ban for t in self.tokenizer.encode_ordinary(text)})
+        self.generator = torch.Generator(self.model.wte.weight.device).manual_seed(settings.seed)
+
+    def tokens(self, source):
+        """The prompt of one source, cut at its end where it does not fit; the cut is told on
+        stderr.
+        """
+        s, room = self.settings, self.model.config.n_positions - self.prefix.size(4)
+        if not s.run:                        # the frozen model knows nothing of sources and targets
+            ids = self.tokenizer.encode_ordinary(source) or [self.tokenizer.eot_token]
+            over = len(ids) + s.max_new - room
+            cut = ids[max(over, 0):]            # a text goes on from its end
+        else:
+            ids = sequence.prompt_ids(self.tokenizer, source)
+            over = len(ids) + s.max_new - room
+            cut = sequence.cut_source(ids, over)
+        if not cut:
+            raise ValueError(f"got --max-new {s.max_new}, which leaves no room for a source in "
+                             f"{room} free positions; lower --max-new")
+        if over > 0:
+            print(f"cut {over} tokens of {source[:40]!r}... to fit {room}", file=sys.stderr)
+        return cut
+
+    def say(self, sources):
+        """The text for each source."""
+        s = self.settings
+        rows = generate(
+            self.model, [self.tokens(source) for source in sources], self.tokenizer.eot_token,
+            self.prefix, s.max_new, s.min_new, self.banned,
+            lambda logits: choose(logits, s.temperature, s.top_k, s.top_p, self.generator))
+        return [sequence.text_of(self.tokenizer, row) for row in rows]
+
+
+def run_settings(directory):
+    """The settings that a run was trained with, from its config.json."""
+    path = Path(directory) / "config.json"
+    try:
+        return json.loads(path.read_text("utf-8"))["settings"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"got {directory}, which is no run ({type(error).__name__}); expected the "
+                         "config.json that train.py writes in it; look into out/") from error
+
+
+def sources_in(path):
+    """The sources of a file: its lines, or the "source" of each line where it is JSON lines."""
+    if not path.name.removesuffix(".gz").endswith(".jsonl"):
+        sources = [line for line in formats.read_text(path).split("\n") if line.strip()]
+    else:
+        sources = []
+        for number, row in formats.json_lines(path):
+            if not isinstance(row, dict) or not isinstance(row.get("source"), str):
+                raise ValueError(f"{path}, line {number}: got no \"source\", expected "
+                                 '{"source": "text"}; mend that line')
+            sources.append(row["source"])
+    if not sources:
+        raise ValueError(f"got {path}, which is empty; expected one source a line")
+    return sources
+
+
+def answer_file(speaker, settings):
+    """Decode every source of --input, in order; the output file appears when all are done."""
+    sources, texts = sources_in(Path(settings.input)), []
+    for i in tqdm(range(0, len(sources), settings.batch_size), unit="batch", disable=None):
+        texts += speaker.say(sources[i:i + settings.batch_size])
+    lines = texts
+    if Path(settings.output).suffix == ".jsonl":
+        lines = [json.dumps({"source": s, "text": t}, ensure_ascii=False)
+                 for s, t in zip(sources, texts)]
+    lines = "".join(" ".join(line.splitlines()) + "\n" for line in lines)  # one line a source
+    if not settings.output:
+        sys.stdout.write(lines)
+        return
+    with whole_file(settings.output, "w") as file:
+        file.write(lines)
+
+
+def main(argv=None):
+    settings = parse(Settings, argv, "Decode, with a prefix or with the frozen model.", "prompt")
+    if settings.prompt and settings.input:
+        raise ValueError("got a prompt and --input; expected one of them")
+    if settings.output and not settings.input:
+        raise ValueError("got --output without --input; expected both, or > FILE for one text")
+    speaker = Speaker(settings)
+    if settings.input:
+        answer_file(speaker, settings)
+    elif settings.prompt:
+        print(*speaker.say([settings.prompt]))
+    else:
+        while True:
+            try:
+                print("source> ", end="", file=sys.stderr, flush=True)
+                source = input()
+            except EOFError:
+                return
+            if source.strip():
+                print(*speaker.say([source]), flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

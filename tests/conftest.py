@@ -1,0 +1,48 @@
+"""What the tests share: small random models on disk, a tokenizer that knows bytes only, real data."""
+import base64
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)                # results that do not depend on how many cores there are
+
+from model import GPT2, GPT2Config, save  # noqa: E402
+
+
+def random_gpt2(vocab_size=257, n_positions=64, n_embd=24, n_layer=3, n_head=4, seed=0):
+    """A frozen GPT-2 in float64 whose weights are far from their initial values, biases included."""
+    torch.manual_seed(seed)
+    model = GPT2(GPT2Config(vocab_size, n_positions, n_embd, n_layer, n_head)).double()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    model.fingerprint = f"random {seed}"
+    return model.requires_grad_(False).eval()
+
+
+@pytest.fixture
+def model():
+    return random_gpt2()
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory):
+    """A model on disk as convert.py writes it, in fp32, with a tokenizer of the 256 bytes."""
+    directory = tmp_path_factory.mktemp("weights") / "bytes"
+    save(random_gpt2().float(), directory)
+    lines = [base64.b64encode(bytes([b])).decode() + f" {b}\n" for b in range(256)]
+    (directory / "tokenizer.tiktoken").write_text("".join(lines))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder of the real data sets, as --data-dir takes it."""
+    folder = os.environ.get("PREFIX_TUNING_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("set PREFIX_TUNING_DATA to a folder with e2e/, webnlg/ and dart/ to run this")
+    return Path(folder)

@@ -1,0 +1,201 @@
+"""Decoding: the cache, ragged batches, what ends a text, how a token is drawn; and the program."""
+import functools
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, random_gpt2
+
+import sample
+import train
+from sample import choose, generate
+
+EOS = 256
+
+
+@pytest.fixture
+def prompts():
+    torch.manual_seed(4)
+    return [torch.randint(256, (n,)).tolist() for n in (7, 1, 12, 4)]
+
+
+@pytest.fixture
+def prefix():
+    torch.manual_seed(5)
+    return torch.randn(3, 2, 1, 4, 5, 6, dtype=torch.float64)
+
+
+def recomputed(model, prompt, prefix, max_new, choose):
+    """One prompt, alone, without a cache: the whole sequence again for every token."""
+    ids = list(prompt)
+    for _ in range(max_new):
+        ids.append(choose(model.head(model(torch.tensor([ids]), prefix)[:, -1])).item())
+        if ids[-1] == EOS:
+            return ids[len(prompt):-1]
+    return ids[len(prompt):]
+
+
+def test_cached_decoding_is_recomputation(model, prompts, prefix):
+    """Token for token, in a ragged batch. Would catch: a cache, mask or position that is off by one,
+    a short prompt that sees its padding, a prefix that is there in the first step only.
+    """
+    for given in (None, prefix):
+        together = generate(model, prompts, EOS, given, max_new=30)
+        for prompt, said in zip(prompts, together):
+            assert said == recomputed(model, prompt, given, 30, choose)
+    assert together != generate(model, prompts, EOS, None, max_new=30)      # the prefix does something
+
+
+def test_sampled_cached_decoding_is_recomputation(model, prompts, prefix):
+    """Would catch: draws that depend on how the logits were computed."""
+    for prompt in prompts:
+        def draw(logits, generator):
+            return choose(logits, 1.3, 50, 0.9, generator)
+        one, two = (functools.partial(draw, generator=torch.Generator().manual_seed(6)) for _ in "ab")
+        assert (generate(model, [prompt], EOS, prefix, max_new=30, choose=one)[0]
+                == recomputed(model, prompt, prefix, 30, two))
+
+
+def test_a_row_of_prefixes_serves_each_its_own(model, prompts):
+    """Would catch: decoding that takes the first row's prefix for all."""
+    own = torch.randn(3, 2, 4, 4, 5, 6, dtype=torch.float64)
+    together = generate(model, prompts, EOS, own, max_new=20)
+    for row, prompt in enumerate(prompts):
+        assert together[row] == recomputed(model, prompt, own[:, :, row:row + 1], 20, choose)
+
+
+def test_a_text_ends_at_eos_and_not_before_its_least_length(prompts, prefix):
+    """Would catch: tokens after the end, an end that counts as text, a least length off by one."""
+    model = random_gpt2()
+    likely = generate(model, prompts[:1], EOS, prefix, max_new=8)[0]
+    # Take the token said at place 5 as the end: the text stops in front of its first occurrence.
+    end = likely[5]
+    cut = generate(model, prompts[:1], end, prefix, max_new=8)[0]
+    assert cut == likely[:likely.index(end)]
+    longer = generate(model, prompts[:1], end, prefix, max_new=8, min_new=7)[0]
+    assert len(longer) >= 7 and end not in longer
+    assert len(generate(model, prompts[:1], end, prefix, max_new=8, min_new=8)[0]) == 8
+    assert generate(model, prompts, EOS, prefix, max_new=0) == [[], [], [], []]
+
+
+def test_banned_tokens_are_never_said(model, prompts, prefix):
+    """Would catch: a ban that holds for the first token or the first row only."""
+    free = generate(model, prompts, EOS, prefix, max_new=20)
+    banned = {token for row in free for token in row}
+    said = generate(model, prompts, EOS, prefix, max_new=20, banned=banned)
+    assert not banned & {token for row in said for token in row} and any(said)
+
+
+def test_decoding_stops_where_the_positions_end(model, prefix):
+    """64 positions, P = 5, a prompt of 50: 9 tokens. Would catch: an error after minutes of work."""
+    row, = generate(model, [[1] * 50], EOS, prefix, max_new=100, min_new=100)
+    assert len(row) == 9
+
+
+def test_temperature_zero_is_the_likeliest_and_one_the_distribution():
+    """Frequencies of 20,000 draws within 5 standard errors. Would catch: a temperature upside down."""
+    logits, generator = torch.tensor([[0.0, 1.0, 2.0, -3.0]]), torch.Generator().manual_seed(7)
+    assert choose(logits).tolist() == [2]
+    for temperature, top_k, top_p in ((1.0, 0, 1.0), (2.0, 0, 1.0), (1.0, 2, 1.0), (1.0, 0, 0.7)):
+        draws = choose(logits.expand(20_000, 4), temperature, top_k, top_p, generator)
+        p = (logits[0] / temperature).softmax(0)
+        if top_k or top_p < 1:      # .66 < .7 <= .66 + .24: both filters keep the best two
+            p = torch.where(torch.tensor([0, 1, 1, 0]) > 0, p, 0) / p[1:3].sum()
+        found = torch.bincount(draws, minlength=4) / 20_000
+        assert ((found - p).abs() <= 5 * (p * (1 - p) / 20_000).sqrt()).all()
+    assert choose(logits, 1.0, 1, 1.0, generator).tolist() == [2]
+    assert choose(logits, 1.0, 0, 1e-9, generator).tolist() == [2]      # at least one is kept
+
+
+# ---- the program
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, model_directory):
+    """A run on disk: 20 steps on a task of 40 lines."""
+    folder = tmp_path_factory.mktemp("run")
+    with open(folder / "tiny.jsonl", "w") as file:
+        for i in range(40):
+            file.write(json.dumps({"source": f"n : {i}", "target": f"it is {i}"}) + "\n")
+    train.main(["--model", str(model_directory), "--data", str(folder / "tiny.jsonl"), "--lr", "1e-2",
+                "--steps", "20", "--device", "cpu", "--out", str(folder / "out"), "--mid-dim", "16"])
+    return str(folder / "out")
+
+
+def said(capsys, *arguments):
+    sample.main([*arguments, "--device", "cpu", "--max-new", "12"])
+    return capsys.readouterr().out
+
+
+def test_standard_output_carries_the_text_and_nothing_else(trained):
+    """Would catch: a progress bar or a note about the device in the middle of somebody's file."""
+    command = [sys.executable, str(ROOT / "sample.py"), "--run", trained, "--max-new", "12"]
+    one = subprocess.run([*command, "n : 3"], capture_output=True, text=True)
+    assert one.returncode == 0 and one.stdout.count("\n") == 1 and "device cpu" in one.stderr
+    asked = subprocess.run(command, input="n : 3\n\nn : 4\n", capture_output=True, text=True)
+    assert asked.stdout.startswith(one.stdout) and asked.stdout.count("\n") == 2
+
+
+def test_many_sources_come_back_in_their_order(trained, tmp_path, capsys):
+    """Would catch: batches that are sorted and not put back, or padding that changes a text."""
+    sources = [f"n : {10 ** (i % 5)}" for i in range(23)]
+    (tmp_path / "in.txt").write_text("\n".join(sources) + "\n")
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"source": s}) + "\n" for s in sources))
+    alone = [said(capsys, "--run", trained, s) for s in sources[:5]]
+    lines = said(capsys, "--run", trained, "--input", str(tmp_path / "in.txt"), "--batch-size", "7")
+    assert lines.splitlines() == [alone[i % 5].rstrip("\n") for i in range(23)]
+    assert said(capsys, "--run", trained, "--input", str(tmp_path / "in.jsonl")) == lines
+    assert said(capsys, "--run", trained, "--input", str(tmp_path / "in.jsonl"),
+                "--output", str(tmp_path / "out.jsonl")) == ""
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["source"] for row in rows] == sources
+    assert [row["text"] + "\n" for row in rows][:5] == alone
+
+
+def test_the_frozen_model_goes_on_with_a_text(trained, model_directory, capsys):
+    """Would catch: a prefix in front of the frozen model, or a source's frame around plain text."""
+    tokenizer = sample.load_tokenizer(model_directory)
+    model = sample.load(model_directory)
+    row, = generate(model, [tokenizer.encode_ordinary("Hello")], EOS, None, max_new=12)
+    text = said(capsys, "--model", str(model_directory), "Hello")
+    assert text == tokenizer.decode(row).strip() + "\n"
+    assert text != said(capsys, "--run", trained, "Hello")
+
+
+def test_the_seed_decides_what_is_drawn(trained, capsys):
+    """Would catch: a generator that is not seeded, or not used."""
+    draw = functools.partial(said, capsys, "--run", trained, "--temperature", "1.5", "n : 3", "--seed")
+    assert draw("1") == draw("1") != draw("2")
+
+
+def test_a_source_that_is_too_long_is_cut_aloud(trained, capsys):
+    """Would catch: a source cut in silence, or a failure for one line among thousands."""
+    sample.main(["--run", trained, "--device", "cpu", "--max-new", "12", "x" * 80])
+    assert "cut 36 tokens of 'xxx" in capsys.readouterr().err      # 80 + 3 of frame + 12 + P - 64
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], "got neither of --run and --model"),
+    (["--run", "RUN", "--model", "gpt2"], "got both of --run and --model"),
+    (["--run", "nowhere", "x"], "got nowhere, which is no run"),
+    (["--model", "gpt2-smal", "x"], "got the model 'gpt2-smal'.*did you mean gpt2"),
+    (["--run", "RUN", "x", "--top-p", "0"], "got temperature 0.0, top-k 0, top-p 0.0"),
+    (["--run", "RUN", "x", "--max-new", "60"], "leaves no room for a source"),
+    (["--run", "RUN", "--input", "empty.txt"], "got empty.txt, which is empty"),
+    (["--run", "RUN", "--input", "absent.txt"], "absent.txt"),
+    (["--run", "RUN", "--input", "bad.jsonl"], 'bad.jsonl, line 2: got no "source"'),
+    (["--run", "RUN", "--input", "latin.txt"], "latin.txt, line 1: got the byte 0xe9"),
+    (["--run", "RUN", "x", "--output", "o.txt"], "got --output without --input"),
+    (["--run", "RUN", "x", "--input", "empty.txt"], "got a prompt and --input"),
+    (["--run", "RUN", "x", "--temprature", "1"], "did you mean --temperature"),
+])
+def test_a_mistake_is_told_in_one_sentence(trained, arguments, words, tmp_path, monkeypatch):
+    """Would catch: a traceback, or an output file that is begun and not finished."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "bad.jsonl").write_text('{"source": "x"}\n{"sauce": "y"}\n')
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises((ValueError, OSError), match=words):
+        sample.main([trained if a == "RUN" else a for a in arguments])
+    assert not (tmp_path / "o.txt").exists()

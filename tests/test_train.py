@@ -1,0 +1,354 @@
+"""Only the prefix learns; the loop's loss, batches, schedule, resuming, and what it refuses."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, random_gpt2
+from torch.nn import functional as F
+
+import train
+from data.sequence import Pair
+from data.tasks import Example
+from prefix import Prefix, load_prefix
+from train import Run, Settings, collate, order_of, target_nats
+
+
+def some_pairs(n=12):
+    torch.manual_seed(2)
+    lengths = [(3 + i % 4, 2 + i % 5) for i in range(n)]
+    return [Pair(torch.randint(257, (s + t,)).tolist(), s) for s, t in lengths]
+
+
+def some_run(model, mid_dim=16, **settings):
+    torch.manual_seed(3)
+    settings = Settings(**{"lr": 1e-2, "steps": 10, "batch_size": 4, "out": "unused"} | settings)
+    return Run(settings, model, Prefix(model.config, 5, mid_dim).to(model.wte.weight.dtype))
+
+
+# ---- only the prefix learns
+
+def test_only_the_prefix_learns(model):
+    """Every frozen weight is bit-identical after training, has no gradient and no optimiser state.
+
+    Would catch: a weight left trainable, an optimiser that decays frozen weights, a gradient buffer.
+    """
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    run = some_run(model, weight_decay=0.1)
+    theta = {name: tensor.clone() for name, tensor in run.prefix.named_parameters()}
+    for _ in range(5):
+        run.update(*collate(some_pairs(4), "cpu"))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert not any(p.requires_grad for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters())
+    learned = [p for group in run.optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in learned} == {id(p) for p in run.prefix.parameters()}
+    assert all(any(p is q for q in learned) for p in run.optimizer.state)
+    for name, tensor in run.prefix.named_parameters():
+        assert not torch.equal(tensor, theta[name]), f"{name} has learned nothing"
+
+
+def test_the_gradient_of_the_prefix_is_the_slope_of_the_loss():
+    """Finite differences, in float64, through the whole model, to theta and its MLP.
+
+    Would catch: a prefix that is detached in one layer, or a gradient summed over the wrong dimension.
+    """
+    model = random_gpt2(vocab_size=17, n_positions=16, n_embd=4, n_layer=2, n_head=2)
+    pairs = [Pair([3, 5, 7, 2, 16], 2), Pair([1, 16, 4], 1)]
+    prefix = Prefix(model.config, 2, mid_dim=3).double()
+    names, theta = zip(*prefix.named_parameters())
+
+    def loss(*theta):
+        kv = torch.func.functional_call(prefix, dict(zip(names, theta)))
+        return target_nats(model, kv, *collate(pairs, "cpu"))
+
+    assert torch.autograd.gradcheck(loss, theta)            # its own tolerances: 1e-6 and 1e-3
+
+
+def saved_for_backward(model, step):
+    """Which inputs of the model's linear layers autograd keeps while `step` runs: a set of names."""
+    inputs, saved = {}, []          # the tensors themselves, so that no address is used twice
+    hooks = [layer.register_forward_pre_hook(
+                 lambda layer, args, name=name: inputs.update({name: args[0]}))
+             for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        step()
+    for hook in hooks:
+        hook.remove()
+    kept = {t.data_ptr() for t in saved}
+    return {name for name, tensor in inputs.items() if tensor.data_ptr() in kept}
+
+
+def test_nothing_is_kept_that_only_a_weight_gradient_needs(model):
+    """The input of a linear layer is needed for its weight's gradient alone; a frozen layer keeps none.
+
+    Would catch: activations stored for weights that do not learn, most of the memory of fine-tuning.
+    """
+    prefix, batch = Prefix(model.config, 5, 16).double(), collate(some_pairs(4), "cpu")
+    assert saved_for_backward(model, lambda: target_nats(model, prefix(), *batch)) == set()
+    model.requires_grad_(True)      # the control: fine-tuning keeps the input of all 12 of them
+    assert len(saved_for_backward(model, lambda: target_nats(model, prefix(), *batch))) == 12
+
+
+def test_the_mlp_runs_once_per_step(model):
+    """Would catch: a prefix computed for every row of the batch, as other implementations do."""
+    run, shapes = some_run(model), []
+    run.prefix.mlp.register_forward_hook(lambda mlp, args, out: shapes.append(tuple(out.shape)))
+    run.update(*collate(some_pairs(4), "cpu"))
+    assert shapes == [(5, 2 * 3 * 24)]
+
+
+# ---- loss and batches
+
+def test_the_loss_is_that_of_the_target_and_its_end(model):
+    """Would catch: a loss on the source or on padding, or shifted by one token."""
+    prefix, pairs, expected = Prefix(model.config, 5, 16).double()(), some_pairs(), 0.0
+    for pair in pairs:
+        logp = F.log_softmax(model.head(model(torch.tensor([pair.ids]), prefix)), -1)[0]
+        expected -= sum(logp[t - 1, pair.ids[t]] for t in range(pair.start, len(pair.ids)))
+    assert torch.allclose(target_nats(model, prefix, *collate(pairs, "cpu")), expected, rtol=1e-12)
+
+
+def test_long_targets_weigh_more(model):
+    """Summed over a target, averaged over the batch. Would catch: a mean over tokens, as usual."""
+    pairs, run = some_pairs(4), some_run(model, clip=1e9, mid_dim=0)
+    table = run.prefix.table.detach().clone().requires_grad_()
+    kv = torch.func.functional_call(run.prefix, {"table": table}, ())
+    expected, = torch.autograd.grad(target_nats(model, kv, *collate(pairs, "cpu")) / 4, table)
+    seen = []
+    run.prefix.table.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    run.update(*collate(pairs, "cpu"))
+    assert torch.allclose(seen[0], expected, rtol=1e-10)
+
+
+def test_every_epoch_sees_every_pair_once_in_another_order():
+    """Would catch: pairs lost at the end of a pool, or an order that never changes."""
+    pairs = [Pair([0] * (1 + i * 7 % 40), 1) for i in range(1234)]
+    epochs = [order_of(pairs, 10, seed=1, epoch=e) for e in (0, 1)]
+    for batches in epochs:
+        assert sorted(i for batch in batches for i in batch) == list(range(1234))
+        assert len(batches) == math.ceil(1234 / 10)
+    assert epochs[0] != epochs[1] and epochs[0] == order_of(pairs, 10, seed=1, epoch=0)
+    assert epochs[0] != order_of(pairs, 10, seed=2, epoch=0)
+
+
+def test_a_batch_holds_similar_lengths():
+    """Would catch: batches that are mostly padding. Random ones of these would be half padding."""
+    pairs = [Pair([0] * (1 + i * 7 % 40), 1) for i in range(2000)]
+    cells = sum(len(b) * max(len(pairs[i].ids) for i in b) for b in order_of(pairs, 10, 1, 0))
+    assert sum(len(p.ids) for p in pairs) > 0.9 * cells
+
+
+def test_the_learning_rate_rises_and_falls_in_lines(model):
+    """Would catch: a rate that starts or ends at the wrong step. It is 0 after the last step only."""
+    run, rates = some_run(model, lr=8.0, steps=8, warmup=0), []
+    for run.step in range(9):
+        rates.append(run.learning_rate())
+    assert rates == [8, 7, 6, 5, 4, 3, 2, 1, 0]
+    run.settings.warmup, rates = 4, []
+    for run.step in range(9):
+        rates.append(run.learning_rate())
+    assert rates == [2, 4, 6, 8, 8, 6, 4, 2, 0]
+
+
+def test_frozen_weights_may_be_bf16_while_the_prefix_is_fp32(model):
+    """Would catch: a prefix that is rounded to bf16 between steps, and so stops learning."""
+    run = some_run(model.bfloat16(), lr=1e-5, steps=1000)
+    run.prefix.float()
+    before = run.prefix.table.detach().clone()
+    loss = [run.update(*collate(some_pairs(4), "cpu")).item() for _ in range(3)]
+    assert all(math.isfinite(x) for x in loss)
+    assert all(p.dtype == torch.float32 for p in run.prefix.parameters())
+    moved = (run.prefix.table - before).abs()
+    assert 0 < moved.max() < 1e-4           # steps of 1e-5, which bf16 could not add to numbers near 1
+
+
+# ---- runs on disk
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def task(tmp_path, monkeypatch, model_directory):
+    """Arguments of a small training run in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    with open("tiny.jsonl", "w") as file:
+        for i in range(40):
+            file.write(json.dumps({"source": f"n : {i}", "target": f"it is {i}"}) + "\n")
+    return ["--model", str(model_directory), "--data", "tiny.jsonl", "--device", "cpu", "--lr", "1e-2",
+            "--steps", "10", "--batch-size", "4", "--dev-every", "2", "--mid-dim", "16"]
+
+
+def same_state(a, b):
+    a, b = (torch.load(path / "resume.pt", weights_only=True) for path in (a, b))
+    assert a["step"] == b["step"] and a["best"] == b["best"]
+    for name, tensor in a["prefix"].items():
+        assert torch.equal(tensor, b["prefix"][name]), name
+    for i, state in a["optimizer"]["state"].items():
+        for name, tensor in state.items():
+            assert torch.equal(tensor, b["optimizer"]["state"][i][name]), name
+
+
+def test_five_and_five_steps_are_ten(task, tmp_path):
+    """Would catch: a resumed run with another order of data, learning rate or optimiser state."""
+    train.main([*task, "--out", "whole"])
+    train.main([*task, "--out", "parts", "--stop-at", "5"])
+    assert torch.load("parts/resume.pt", weights_only=True)["step"] == 5
+    train.main(["--resume", "parts"])
+    same_state(tmp_path / "whole", tmp_path / "parts")
+    for name in ("prefix.pt",):
+        assert torch.equal(*(torch.load(tmp_path / run / name, weights_only=True)["prefix"]
+                             for run in ("whole", "parts")))
+    assert ([x for x in lines(tmp_path / "whole/log.jsonl") if "dev_loss" in x]
+            == [x for x in lines(tmp_path / "parts/log.jsonl") if "dev_loss" in x])
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+import train
+real, left = os.fsync, [int(sys.argv[2])]
+def fsync(number):                      # everything is written, nothing is renamed yet
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(number)
+os.fsync = fsync
+train.main(sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize("write", [6, 7])       # a prefix.pt and a resume.pt in the middle of the run
+def test_a_kill_in_the_middle_of_a_write_loses_nothing(task, tmp_path, write):
+    """Would catch: half a file under the name of a whole one, or a log that tells a step twice."""
+    train.main([*task, "--out", "whole"])
+    died = subprocess.run([sys.executable, "-c", KILLED, ROOT, str(write), *task, "--out", "killed"],
+                          capture_output=True)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    assert 0 < torch.load("killed/resume.pt", weights_only=True)["step"] < 10
+    train.main(["--resume", "killed"])
+    same_state(tmp_path / "whole", tmp_path / "killed")
+    assert ([x for x in lines(tmp_path / "whole/log.jsonl") if "dev_loss" in x]
+            == [x for x in lines(tmp_path / "killed/log.jsonl") if "dev_loss" in x])
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(task, tmp_path):
+    """Would catch: a step lost or done by half when the user is in a hurry."""
+    task[task.index("--steps") + 1] = "100000"
+    run = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *task, "--out", "long"],
+                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    log, deadline = tmp_path / "long/log.jsonl", time.monotonic() + 60
+    while not (log.exists() and '"loss"' in log.read_text()):
+        assert time.monotonic() < deadline and run.poll() is None, "the run never started"
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    out, _ = run.communicate(timeout=60)
+    step = torch.load("long/resume.pt", weights_only=True)["step"]
+    assert run.returncode == 0 and f"stopped after step {step}" in out
+    assert "go on with: python train.py --resume long" in out
+    train.main(["--resume", "long", "--stop-at", str(step + 3)])
+    assert torch.load("long/resume.pt", weights_only=True)["step"] == step + 3
+
+
+def test_the_best_prefix_is_kept_and_the_run_describes_itself(task, tmp_path, capsys):
+    """Would catch: the last prefix kept in place of the best, settings that are lost."""
+    train.main([*task, "--out", "run", "--steps", "40"])
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["settings"]["lr"] == 1e-2 and config["settings"]["prefix_len"] == 5
+    dev = [x["dev_loss"] for x in lines(tmp_path / "run/log.jsonl") if "dev_loss" in x]
+    assert len(dev) == 21 and min(dev) < dev[0]
+    out = capsys.readouterr().out
+    assert f"dev loss {dev[0]:.3f} -> {min(dev):.3f}" in out and "no prefix" in out
+    state = torch.load("run/resume.pt", weights_only=True)
+    assert state["best"] == min(dev)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(task, tmp_path):
+    """Would catch: hours of training on NaN, and a good prefix overwritten by it."""
+    with pytest.raises(ValueError, match="got a loss of nan at step .*last good prefix.*lower --lr"):
+        train.main([*task, "--out", "run", "--lr", "1e20", "--mid-dim", "0", "--clip", "1e30"])
+    saved = torch.load("run/prefix.pt", weights_only=True)
+    assert saved["prefix"].isfinite().all()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--data", "e2f"], "got the data 'e2f'.*did you mean e2e"),
+    (["--model", "gpt3"], "got the model 'gpt3'.*did you mean gpt2"),
+    (["--method", "prefx"], "invalid choice: 'prefx'"),
+    (["--prefxi-len", "3"], "unknown argument '--prefxi-len'; did you mean --prefix-len"),
+    (["--batch-size", "many"], "invalid int value: 'many'"),
+    (["--lr", "-1"], "got --lr -1.0; expected more than 0"),
+    (["--prefix-len", "60"], "too long for 4 tokens"),
+    (["--prefix-len", "70"], "got a prefix of 70; expected less than the model's 64 positions"),
+    (["--examples", "1000"], "got --examples 1000; expected at most 36"),
+    (["--out", "."], "got --out ., which exists"),
+    (["--resume", "."], "which is no run"),
+    (["--resume", "run", "--lr", "3"], "which is no run|got --lr with --resume"),
+])
+def test_a_mistake_is_told_in_one_sentence(task, arguments, words):
+    """Would catch: a traceback, or a run that begins with something else than was asked for."""
+    with pytest.raises(ValueError, match=words):
+        train.main([*task, *arguments] if "--resume" not in arguments else arguments)
+    assert sorted(os.listdir()) == ["tiny.jsonl"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_missing_gpu_is_told(task):
+    """Would catch: an assertion from deep inside PyTorch."""
+    with pytest.raises(ValueError, match="PyTorch sees no CUDA"):
+        train.main([*task, "--device", "cuda"])
+
+
+def test_a_mistake_ends_the_program_with_status_2(task):
+    """Would catch: status 0 or 1, or more than one line on standard error."""
+    ended = subprocess.run([sys.executable, str(ROOT / "train.py"), *task, "--out", "."],
+                           capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr.startswith("error: got --out .") and ended.stderr.count("\n") == 1
+
+
+FULL = """
+import resource, signal, sys
+sys.path.insert(0, sys.argv[1])
+import plumbing, torch, train
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)       # so that a write beyond the limit is an error
+resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
+plumbing.run(lambda: train.main(sys.argv[2:]))
+"""
+
+
+def test_a_full_disk_is_told_and_costs_nothing(task, tmp_path):
+    """No file may grow beyond 12 kB: enough for prefix.pt, not for resume.pt.
+
+    Would catch: a traceback, half a file, or temporary files left behind.
+    """
+    ended = subprocess.run([sys.executable, "-c", FULL, ROOT, *task, "--out", "run"],
+                           capture_output=True, text=True)
+    assert ended.returncode == 2, ended.stderr
+    assert "could not write run/resume.pt" in ended.stderr.splitlines()[-1]
+    assert sorted(os.listdir("run")) == ["config.json", "log.jsonl", "prefix.pt"]
+    load_prefix("run/prefix.pt", train.open_model(task[1], "cpu", "fp32")[0])
+
+
+def test_a_pair_that_is_too_long_is_cut_or_refused_aloud(task, capsys):
+    """Would catch: pairs dropped in silence, or a target cut so that its end is never learned."""
+    from data.sequence import encode_pairs, prompt_ids
+    from data.tokenizer import load_tokenizer
+    tokenizer = load_tokenizer(task[1])
+    examples = [Example("a" * 10, ("b" * 5,)), Example("c" * 30, ("d" * 5, "e" * 40))]
+    pairs, note = encode_pairs(examples, tokenizer, room=32)
+    assert [len(p.ids) for p in pairs] == [21, 32]
+    assert tokenizer.decode(pairs[1].ids) == " " + "c" * 22 + "<|endoftext|> ddddd <|endoftext|>"
+    assert pairs[1].ids[:pairs[1].start] == prompt_ids(tokenizer, "c" * 22)[:23] + [256]
+    assert note.startswith("1 of 3 pairs had the end of their source cut to fit 32 tokens, 1 were ref")
+    train.main([*task, "--prefix-len", "46", "--steps", "1", "--out", "run"])
+    assert "train: " in capsys.readouterr().out

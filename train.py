@@ -1,0 +1,398 @@
+"""The loop: learn a prefix for a frozen language model. Li & Liang 2021, sections 4.2, 4.3 and 6.2.
+
+    python train.py                                 bundled model and task, a minute on a laptop
+    python train.py --model gpt2-medium --data e2e  the paper's run, with the paper's settings
+    python train.py --data my.jsonl                 your own task
+    python train.py --resume out/NAME               goes on where it stopped, bit for bit
+
+A run is a directory: config.json (all settings), log.jsonl (a line each logged step), prefix.pt
+(the best prefix so far, folded) and resume.pt (everything needed to go on). sample.py decodes with
+it. Not here: what a prefix is (prefix.py), the other methods of the paper, scores.
+"""
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from data import sequence, tasks
+from model import UNREADABLE, attend
+from plumbing import flag, parse, run, whole_file
+from prefix import Prefix, counts, keys_and_values, load_prefix, save_prefix
+from sample import generate, open_model, run_settings
+
+# What a flag left out means, by data set: the paper's table 6, prefix-tuning with GPT-2. For the
+# bundled world: found on its own held-out kinds of things. Other files: E2E's, with the paper's
+# low-data rate.
+DEFAULTS = {
+    "e2e": dict(lr=8e-5, epochs=5, batch_size=10, prefix_len=5),
+    "webnlg": dict(lr=5e-5, epochs=5, batch_size=5, prefix_len=5),
+    "dart": dict(lr=5e-5, epochs=10, batch_size=5, prefix_len=10),
+    "world": dict(lr=3e-3, steps=200, batch_size=10, prefix_len=10),
+    "world-hard": dict(lr=3e-3, steps=200, batch_size=10, prefix_len=10),
+    "your own .jsonl": dict(lr=5e-5, epochs=5, batch_size=10, prefix_len=5),
+}
+
+
+@dataclasses.dataclass
+class Settings:
+    model: str = flag("tiny-gpt2", "the frozen model: gpt2, gpt2-medium, ..., another name in "
+                                   "weights/, or a directory")
+    data: str = flag("world", "world, world-hard, e2e, webnlg, dart, or a .jsonl file of your own")
+    data_dir: str = flag("", "read the data set from here; left out: it is downloaded")
+    method: str = flag("prefix", "what learns", choices=["prefix"])
+    prefix_len: int = flag(None, "P, keys and values in front of every layer", kind=int)
+    mid_dim: int = flag(512, "hidden width of the MLP in front of the prefix; 0: no MLP")
+    init: str = flag("random", "start from N(0, 1), from U(0, 1), or from what the model makes of "
+                               "real words", choices=["random", "uniform", "words"])
+    init_text: str = flag("table-to-text:", "the words of --init words; P is their length")
+    examples: int = flag(0, "learn from this many sources, drawn by the seed; 0: from all")
+    lr: float = flag(None, "highest learning rate", kind=float)
+    epochs: int = flag(None, "times that every pair is seen", kind=int)
+    steps: int = flag(None, "steps of the optimiser, in place of epochs", kind=int)
+    warmup: int = flag(0, "steps in which the learning rate rises; then it falls to 0 in a line")
+    batch_size: int = flag(None, "pairs in a step", kind=int)
+    clip: float = flag(1.0, "longest gradient; longer ones are scaled down to it")
+    weight_decay: float = flag(0.0, "AdamW's, on the prefix")
+    dev_every: int = flag(0, "steps between two looks at the dev loss; 0: a tenth of the run")
+    dev_pairs: int = flag(500, "pairs of the dev set that are scored then; 0: all")
+    seed: int = flag(101, "of the prefix, the order of the data and the choice of examples")
+    device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
+    dtype: str = flag("auto", "of the frozen weights, the prefix is fp32; auto: bf16 on a GPU that "
+                              "has it, else fp32", choices=["auto", "fp32", "bf16", "fp64"])
+    out: str = flag("", "directory of the run; left out: out/MODEL-DATA")
+    resume: str = flag("", "directory of a run to go on with; its own settings are used")
+    stop_at: int = flag(0, "stop after this step as Ctrl-C would, to be resumed; 0: at the end")
+
+
+# ---- batches: pairs of texts as tensors
+
+def order_of(pairs, batch_size, seed, epoch):
+    """The batches of one epoch, as lists of indices: pairs of similar length together, in random
+    order.
+
+    Similar lengths mean little padding. Sorting all would fix which pairs meet, so only pools of 50
+    batches are sorted. A function of (seed, epoch) alone: a resumed run needs no state to find its
+    place.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(len(pairs), generator=generator).tolist()
+    batches = []
+    for i in range(0, len(order), 50 * batch_size):
+        pool = sorted(order[i:i + 50 * batch_size], key=lambda j: len(pairs[j].ids))
+        batches += [pool[j:j + batch_size] for j in range(0, len(pool), batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def collate(pairs, device):
+    """Tokens (B, T), padded behind, and learn (B, T), True at the tokens the loss is taken on."""
+    T = max(len(pair.ids) for pair in pairs)
+    ids = torch.tensor([p.ids + [0] * (T - len(p.ids)) for p in pairs])                     # (B, T)
+    place = torch.arange(T)
+    start = torch.tensor([[p.start] for p in pairs])                                        # (B, 1)
+    end = torch.tensor([[len(p.ids)] for p in pairs])                                       # (B, 1)
+    learn = (start <= place) & (place < end)                                                # (B, T)
+    return ids.to(device, non_blocking=True), learn.to(device, non_blocking=True)
+
+
+def target_nats(model, prefix, ids, learn, attend=attend):
+    """-log p(target | source) summed over the batch, in nats: the loss on targets and their end
+    only.
+
+    prefix: (L, 2, 1 or B, H, P, D). ids, learn: see `collate`. The padding stands behind every real
+    token, where the causal mask hides it already, so the model is told nothing of it.
+    """
+    hidden = model(ids, prefix, attend=attend)[:, :-1]                                 # (B, T-1, C)
+    # A token is predicted from the one before it. Only these positions see the vocabulary head: the
+    # largest multiplication of a small GPT-2, and its largest activation.
+    logits = model.head(hidden[learn[:, 1:]])                                               # (N, V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))    # a softmax in bf16 is coarse
+    return F.cross_entropy(logits, ids[:, 1:][learn[:, 1:]], reduction="sum")
+
+
+@torch.no_grad()
+def dev_loss(model, prefix, pairs, batch_size):
+    """-log p of a target token, averaged over all target tokens of `pairs`, in nats."""
+    pairs, nats, tokens = sorted(pairs, key=lambda p: len(p.ids)), 0.0, 0
+    prefix = prefix.fold().to(model.wte.weight.dtype)
+    for i in range(0, len(pairs), batch_size):
+        ids, learn = collate(pairs[i:i + batch_size], prefix.device)
+        nats += target_nats(model, prefix, ids, learn).item()
+        tokens += learn.sum().item()
+    return nats / tokens
+
+
+# ---- the run: its settings, its state, what is kept on disk
+
+def resolve(settings):
+    """Fill in what was left out with the data set's defaults: config.json says everything."""
+    defaults = DEFAULTS.get(settings.data, DEFAULTS["your own .jsonl"])
+    for name, value in defaults.items():
+        if getattr(settings, name) is None and not (name == "epochs" and settings.steps):
+            setattr(settings, name, value)
+    for name in ("prefix_len", "lr", "batch_size", "clip"):
+        if not getattr(settings, name) > 0:
+            raise ValueError(f"got --{name.replace('_', '-')} {getattr(settings, name)}; "
+                             "expected more than 0")
+    if not settings.out:
+        name = f"out/{Path(settings.model).name}-{Path(settings.data).name.removesuffix('.jsonl')}"
+        free = (n for n in itertools.count(2) if not Path(f"{name}-{n}").exists())
+        settings.out = f"{name}-{next(free)}" if Path(name).exists() else name
+    elif Path(settings.out).exists():
+        raise ValueError(f"got --out {settings.out}, which exists; expected a new directory; "
+                         f"choose another, or go on with `--resume {settings.out}`")
+    return settings
+
+
+def resumed(asked):
+    """The settings of the run to go on with; of the new call only --device and --stop-at."""
+    settings = Settings(**run_settings(asked.resume))
+    for field in dataclasses.fields(Settings):
+        if field.name in ("resume", "device", "stop_at"):
+            setattr(settings, field.name, getattr(asked, field.name))
+        elif getattr(asked, field.name) != field.default:
+            raise ValueError(f"got --{field.name.replace('_', '-')} with --resume; expected only "
+                             "--device and --stop-at beside it; start a new run for new settings")
+    settings.out = asked.resume
+    return settings
+
+
+def load_pairs(settings, tokenizer, room):
+    """The pairs to learn from and the dev pairs, at most `room` tokens each."""
+    train = tasks.load(settings.data, "train", settings.data_dir or None)
+    dev = tasks.load(settings.data, "dev", settings.data_dir or None)
+    if settings.examples:
+        if settings.examples > len(train):
+            raise ValueError(f"got --examples {settings.examples}; expected at most {len(train)}, "
+                             f"the sources of {settings.data}")
+        train = random.Random(settings.seed).sample(train, settings.examples)
+    train_pairs, note = sequence.encode_pairs(train, tokenizer, room)
+    dev_pairs, dev_note = sequence.encode_pairs(dev, tokenizer, room)
+    for part, text in (("train", note), ("dev", dev_note)):
+        if text:
+            print(f"{part}: {text}")
+    return train_pairs, dev_pairs[:settings.dev_pairs or None]
+
+
+def make_prefix(settings, model, tokenizer):
+    """A fresh prefix by the settings; --init words decides its length itself."""
+    torch.manual_seed(settings.seed)
+    device, init = model.wte.weight.device, settings.init
+    if init == "words":
+        words = tokenizer.encode_ordinary(" " + settings.init_text)
+        settings.prefix_len, init = len(words), "random"
+    if settings.prefix_len >= model.config.n_positions:
+        raise ValueError(f"got a prefix of {settings.prefix_len}; expected less than the model's "
+                         f"{model.config.n_positions} positions; lower --prefix-len")
+    prefix = Prefix(model.config, settings.prefix_len, settings.mid_dim, init).to(device)
+    if settings.init == "words":
+        left = prefix.start_from(keys_and_values(model, words))
+        print(f"prefix started from the {len(words)} tokens of {settings.init_text!r}; "
+              f"mean squared error left: {left:.4f}")
+    return prefix
+
+
+class Run:
+    """Everything that changes while learning, and the directory that keeps it."""
+
+    def __init__(self, settings, model, prefix):
+        self.settings, self.model, self.prefix = settings, model, prefix
+        self.directory = Path(settings.out)
+        # Only the prefix is handed over: the optimiser could not touch the frozen model if it
+        # wanted to.
+        self.optimizer = torch.optim.AdamW(prefix.parameters(), lr=settings.lr, betas=(0.9, 0.999),
+                                           eps=1e-8, weight_decay=settings.weight_decay)
+        self.step, self.best, self.first = 0, math.inf, None    # steps done; dev losses
+
+    def begin(self):
+        """Create the directory and write down all settings."""
+        commit = None
+        if shutil.which("git"):
+            commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                                    capture_output=True, text=True).stdout.strip() or None
+        about = {"settings": dataclasses.asdict(self.settings),
+                 "counts": counts(self.prefix, self.model),
+                 "fingerprint": self.model.fingerprint, "commit": commit,
+                 "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+        with whole_file(self.directory / "config.json", "w") as file:
+            json.dump(about, file, indent=1)
+
+    def restore(self):
+        """Go back to the last saved step; lines of the log that came after it are dropped."""
+        path = self.directory / "resume.pt"
+        try:
+            state = torch.load(path, map_location=self.model.wte.weight.device, weights_only=True)
+            if state["fingerprint"] != self.model.fingerprint:
+                raise ValueError("it was trained with other weights of the model")
+            self.prefix.load_state_dict(state["prefix"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.best, self.first = state["step"], state["best"], state["first"]
+        except UNREADABLE as error:
+            raise ValueError(f"got {path}, which cannot be resumed ({str(error)[:200]}); expected "
+                             "what train.py wrote there; start a new run") from error
+        log = self.directory / "log.jsonl"
+        lines = log.read_text("utf-8").splitlines() if log.exists() else []
+        with whole_file(log, "w") as file:
+            file.writelines(f"{line}\n" for line in lines if line.endswith("}")
+                            and json.loads(line)["step"] <= self.step)
+
+    def save(self):
+        """Keep the state of this step in resume.pt."""
+        with whole_file(self.directory / "resume.pt") as file:
+            torch.save({"fingerprint": self.model.fingerprint, "step": self.step, "best": self.best,
+                        "first": self.first, "prefix": self.prefix.state_dict(),
+                        "optimizer": self.optimizer.state_dict()}, file)
+
+    def log(self, **numbers):
+        with open(self.directory / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": self.step} | numbers) + "\n")
+
+    def learning_rate(self):
+        """Up in a line for --warmup steps, then down in a line, to 0 after the last step."""
+        s = self.settings
+        if self.step < s.warmup:
+            return s.lr * (self.step + 1) / s.warmup
+        return s.lr * (s.steps - self.step) / max(1, s.steps - s.warmup)
+
+    def update(self, ids, learn):
+        """One step: the paper's equation 2 on one batch. Returns the batch's nats, a tensor."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        prefix = self.prefix().to(self.model.wte.weight.dtype)   # the MLP, once for the whole batch
+        nats = target_nats(self.model, prefix, ids, learn)
+        # Summed over a target, averaged over the batch, as in the official code: long targets weigh
+        # more.
+        (nats / len(ids)).backward()
+        torch.nn.utils.clip_grad_norm_(self.prefix.parameters(), self.settings.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return nats.detach()
+
+    def look(self, dev):
+        """The dev loss now. A new best prefix is kept; then the whole state."""
+        loss = dev_loss(self.model, self.prefix, dev, max(16, self.settings.batch_size))
+        if self.step == 0:
+            self.first = loss
+        self.log(dev_loss=loss)
+        self.check(loss)
+        if loss < self.best:
+            self.best = loss
+            save_prefix(self.directory / "prefix.pt", self.prefix.fold(), self.model)
+        self.save()
+        return loss
+
+    def check(self, loss):
+        if not math.isfinite(loss):
+            raise ValueError(f"got a loss of {loss} at step {self.step}, expected a finite number; "
+                             f"the last good prefix is kept in {self.directory / 'prefix.pt'}; "
+                             "start again with a lower --lr")
+
+
+@contextlib.contextmanager
+def stop_politely():
+    """Ctrl-C (or a cluster's SIGTERM) fills the list, so that the loop ends after the step it is
+    in.
+
+    A second one ends the program at once.
+    """
+    asked = []
+
+    def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def learn(run, pairs, dev):
+    """Steps until the settings' last one. Returns False where it was asked to stop before."""
+    s, device = run.settings, run.model.wte.weight.device
+    per_epoch = math.ceil(len(pairs) / s.batch_size)
+    every = s.dev_every or max(1, s.steps // 10)
+    epoch, nats, targets, seen, clock = None, 0.0, 0, 0, time.perf_counter()
+    bar = tqdm(total=s.steps, initial=run.step, unit="step", disable=None)
+    with stop_politely() as asked, bar:
+        shown = run.look(dev) if run.step == 0 else run.best
+        while run.step < s.steps:
+            if asked or run.step == s.stop_at > 0:
+                run.save()
+                return False
+            if epoch != run.step // per_epoch:
+                epoch = run.step // per_epoch
+                order = order_of(pairs, s.batch_size, s.seed, epoch)
+            batch = [pairs[i] for i in order[run.step % per_epoch]]
+            nats += run.update(*collate(batch, device))
+            targets += sum(len(p.ids) - p.start for p in batch)
+            seen += sum(len(p.ids) for p in batch)
+            bar.update()
+            if run.step % 10 == 0 or run.step == s.steps:
+                loss, rate = float(nats) / targets, seen / (time.perf_counter() - clock)
+                run.check(loss)
+                run.log(loss=loss, tokens_per_second=round(rate))
+                bar.set_postfix(loss=f"{loss:.3f}", dev=f"{shown:.3f}", tokens_per_s=round(rate))
+                nats, targets, seen, clock = 0.0, 0, 0, time.perf_counter()
+            if run.step % every == 0 or run.step == s.steps:
+                before = time.perf_counter()
+                shown = run.look(dev)
+                clock += time.perf_counter() - before      # the dev set's time is not training time
+    return True
+
+
+def show(run, tokenizer, pair):
+    """One table that was not learned from, and what is said to it: without the prefix and with it."""
+    prompt, target = pair.ids[:pair.start], sequence.text_of(tokenizer, pair.ids[pair.start:])
+    source = sequence.text_of(tokenizer, prompt)
+    print(f"\ntable      {source}")
+    for name, prefix in (("no prefix", None),
+                         ("prefix", load_prefix(run.directory / "prefix.pt", run.model))):
+        words = generate(run.model, [prompt], tokenizer.eot_token, prefix, max_new=60)[0]
+        print(f"{name:10} {' '.join(sequence.text_of(tokenizer, words).split())}")
+    print(f'a person   {target}\n\ndecode with: python sample.py --run {run.directory} "{source}"')
+
+
+def main(argv=None):
+    asked = parse(Settings, argv, "Learn a prefix for a frozen language model.", notes="\n".join(
+        ["defaults by data set:"] + [f"  {d}: {v}" for d, v in DEFAULTS.items()]))
+    settings = resumed(asked) if asked.resume else resolve(asked)
+    model, tokenizer = open_model(settings.model, settings.device, settings.dtype)
+    prefix = make_prefix(settings, model, tokenizer)
+    room = model.config.n_positions - settings.prefix_len
+    pairs, dev = load_pairs(settings, tokenizer, room)
+    settings.steps = settings.steps or settings.epochs * math.ceil(len(pairs) / settings.batch_size)
+    print(f"{settings.model}: {counts(prefix, model)}\n"
+          f"{settings.data}: {len(pairs):,} pairs to learn from, {len(dev):,} dev pairs scored; "
+          f"{settings.steps:,} steps of {settings.batch_size} -> {settings.out}")
+    run = Run(settings, model, prefix)
+    if settings.resume:
+        run.restore()
+    else:
+        run.begin()
+    start = time.perf_counter()
+    if not learn(run, pairs, dev):
+        print(f"stopped after step {run.step}; go on with: python train.py --resume {settings.out}")
+        return
+    seconds = time.perf_counter() - start
+    print(f"dev loss {run.first:.3f} -> {run.best:.3f} nats a token, {seconds:.0f} s")
+    show(run, tokenizer, dev[0])
+
+
+if __name__ == "__main__":
+    run(main)

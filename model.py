@@ -214,6 +214,13 @@ UNREADABLE = (OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError,
               pickle.UnpicklingError)
 
 
+def why(error):
+    """What is wrong with a file, in a few words."""
+    if isinstance(error, pickle.UnpicklingError):   # PyTorch's own words advise to run what is in it
+        return "it holds code, or is no file of tensors"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def fingerprint(model):
     """A name for these very weights: SHA-256 of all names, shapes and numbers, shortened to 16
     digits.
@@ -230,6 +237,9 @@ def save(model, directory):
     directory = Path(directory)
     about = {"architecture": model.architecture, "fingerprint": fingerprint(model),
              "config": dataclasses.asdict(model.config)}
+    # Without its config.json the directory is no model: a kill between the two files cannot leave
+    # new weights under an old fingerprint.
+    (directory / "config.json").unlink(missing_ok=True)
     with whole_file(directory / "model.pt") as file:
         torch.save(model.state_dict(), file)
     with whole_file(directory / "config.json", "w") as file:    # last: its presence says "complete"
@@ -254,8 +264,7 @@ def load(directory, device="cpu", dtype=torch.float32):
         raise ValueError(f"got {directory}, which has no {Path(error.filename).name}; expected "
                          "what convert.py writes; make it with `python convert.py`") from error
     except UNREADABLE as error:
-        raise ValueError(f"got {directory}, whose files do not fit ({type(error).__name__}: "
-                         f"{str(error)[:200]}); expected what convert.py writes; make it again"
-                         ) from error
+        raise ValueError(f"got {directory}, whose files do not fit ({why(error)}); expected what "
+                         "convert.py writes; make it again") from error
     model.fingerprint = mark
     return model.to(device, dtype).requires_grad_(False).eval()

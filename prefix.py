@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model import UNREADABLE, Cache
+from model import UNREADABLE, Cache, why
 from plumbing import whole_file
 
 FORMAT = "prefix-tuning 1"
@@ -120,8 +120,8 @@ def load_prefix(path, model):
             raise KeyError("format")
         mark, prefix = saved["fingerprint"], saved["prefix"]
     except UNREADABLE as error:
-        raise ValueError(f"got {path}, which is no prefix ({type(error).__name__}: "
-                         f"{str(error)[:200]}); expected prefix.pt of a run of train.py") from error
+        raise ValueError(f"got {path}, which is no prefix ({why(error)}); expected the prefix.pt of "
+                         "a run of train.py") from error
     if mark != model.fingerprint:
         raise ValueError(f"got {path}, a prefix for the model {mark!r}, expected one for the model "
                          f"that is loaded, {model.fingerprint!r}; load the one it was trained with")

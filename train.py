@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from data import sequence, tasks
-from model import UNREADABLE, attend
+from model import UNREADABLE, attend, why
 from plumbing import flag, parse, run, whole_file
 from prefix import Prefix, counts, keys_and_values, load_prefix, save_prefix
 from sample import generate, open_model, run_settings
@@ -239,8 +239,8 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.best, self.first = state["step"], state["best"], state["first"]
         except UNREADABLE as error:
-            raise ValueError(f"got {path}, which cannot be resumed ({str(error)[:200]}); expected "
-                             "what train.py wrote there; start a new run") from error
+            raise ValueError(f"got {path}, which cannot be resumed ({why(error)}); expected what "
+                             "train.py wrote there; start a new run") from error
         log = self.directory / "log.jsonl"
         lines = log.read_text("utf-8").splitlines() if log.exists() else []
         with whole_file(log, "w") as file:

@@ -1,0 +1,380 @@
+"""convert.py: what it reads, what it refuses, what it downloads. Needs no package beyond torch; the
+equality with the transformers library is in test_transformers.py.
+"""
+import dataclasses
+import hashlib
+import http.server
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from conftest import ROOT, random_gpt2
+
+from convert import NAMES, convert, declared_sha256, fetch, read_checkpoint
+from model import load
+
+WHOLE = {"config.json", "model.pt"}
+
+
+def small():
+    return random_gpt2(vocab_size=61, n_positions=33, n_embd=12, n_layer=2, n_head=3).float()
+
+
+def foreign(model, root=""):
+    """The state dict of `model` as Hugging Face has it: Conv1D weights lie (in, out)."""
+    conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    return {root + name: tensor.t().contiguous() if name.endswith(conv1d) else tensor.clone()
+            for name, tensor in model.state_dict().items()}
+
+
+def write(directory, state, form="zip", config=None, **options):
+    """Write a Hugging Face checkpoint into `directory`."""
+    directory.mkdir(exist_ok=True)
+    about = {"model_type": "gpt2", "activation_function": "gelu_new", "architectures": ["Any"],
+             **dataclasses.asdict(config or small().config), **options}
+    (directory / "config.json").write_text(json.dumps(about))
+    if form == "zip":
+        torch.save(state, directory / "pytorch_model.bin")
+    elif form == "legacy":
+        torch.save(state, directory / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    elif form == "safetensors":
+        save_file = pytest.importorskip("safetensors.torch", reason="reads .safetensors").save_file
+        save_file(state, directory / "model.safetensors")
+    elif form == "shards":
+        names = list(state)
+        files = {n: f"part-{i % 2}.bin" for i, n in enumerate(names)}
+        for file in set(files.values()):
+            torch.save({n: state[n] for n in names if files[n] == file}, directory / file)
+        index = directory / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps({"weight_map": files}))
+    return directory
+
+
+def refused(directory, *words):
+    """Converting `directory` fails in one line that has these words and three parts, and leaves
+    nothing behind.
+    """
+    out = directory.parent / "out"
+    with pytest.raises(ValueError) as caught:
+        convert(directory, out)
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith("got ") and "; expected " in message
+    assert message.count("; ") >= 2, f"no next step in: {message}"
+    for word in words:
+        assert word in message
+    assert not out.exists() or not list(out.iterdir())
+
+
+@pytest.mark.parametrize("root", ["", "transformer."])
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors", "shards"])
+def test_every_file_format_gives_the_same_model(tmp_path, form, root):
+    """Catches a format that is not read, a root that stays in the names, a forgotten transpose."""
+    model = small()
+    convert(write(tmp_path / "hf", foreign(model, root), form), tmp_path / "out")
+    again = load(tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == WHOLE
+    assert again.config == model.config
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_attention_buffers_are_ignored_and_biases_are_not(tmp_path):
+    """Catches "attn.bias" taken as the end of "c_attn.bias": a model without its biases."""
+    model = small()
+    state = foreign(model, "transformer.")
+    for layer in range(2):
+        state[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 33, 33).tril().bool()
+        state[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    _, ours = read_checkpoint(write(tmp_path / "hf", state))
+    assert ours.keys() == model.state_dict().keys()
+    assert torch.equal(ours["h.1.attn.c_attn.bias"], model.h[1].attn.c_attn.bias)
+    without = {n: t for n, t in state.items() if n != "transformer.h.1.attn.c_attn.bias"}
+    refused(write(tmp_path / "hf", without), "h.1.attn.c_attn.bias")
+
+
+def test_the_numbers_keep_their_dtype(tmp_path):
+    """Catches a half-precision checkpoint blown up to fp32 on the disk."""
+    half = small().bfloat16()
+    _, ours = read_checkpoint(write(tmp_path / "hf", foreign(half)))
+    assert {t.dtype for t in ours.values()} == {torch.bfloat16}
+
+
+def test_converted_weights_take_no_more_room_than_their_numbers(tmp_path):
+    """Catches tensors saved together with the storage of a whole foreign file behind them."""
+    model = small()
+    convert(write(tmp_path / "hf", foreign(model), "safetensors"), tmp_path / "out")
+    numbers = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    # 400 bytes a tensor: the names, the pickle and the padding to 64 bytes in the zip archive.
+    assert (tmp_path / "out/model.pt").stat().st_size < numbers + 400 * len(model.state_dict())
+
+
+def test_the_head_is_the_word_embedding_or_the_checkpoint_is_refused(tmp_path):
+    """Catches a separate head that is dropped without a word: other logits than the author's."""
+    state = foreign(small(), "transformer.")
+    state["lm_head.weight"] = state["transformer.wte.weight"].clone()
+    _, ours = read_checkpoint(write(tmp_path / "hf", state))
+    assert "lm_head.weight" not in ours
+    state["lm_head.weight"][3, 4] += 1e-6
+    refused(write(tmp_path / "hf", state), "lm_head.weight", "wte.weight")
+    state["lm_head.weight"] = state["lm_head.weight"][:, :-1].clone()
+    refused(write(tmp_path / "hf", state), "lm_head.weight", "wte.weight")
+
+
+def test_names_and_shapes_are_strict_both_ways(tmp_path):
+    """Catches a layer left at random because its name was missing or unknown."""
+    good = foreign(small())
+    refused(write(tmp_path / "hf", {n: t for n, t in good.items() if n != "ln_f.bias"}),
+            "without ln_f.bias")
+    refused(write(tmp_path / "hf", {n: t for n, t in good.items() if not n.startswith("h.1")}),
+            "without h.1.attn", "and 9 more")
+    refused(write(tmp_path / "hf", good | {"score.weight": torch.ones(2, 12)}),
+            "unknown score.weight")
+    refused(write(tmp_path / "hf", good | {"transformer.ln_f.bias": good["ln_f.bias"]}), "twice")
+    refused(write(tmp_path / "hf", good, vocab_size=62), "wte.weight", "(61, 12)", "(62, 12)")
+    refused(write(tmp_path / "hf", good | {"h.0.mlp.c_fc.weight": torch.ones(12, 47)}), "(47, 12)")
+    refused(write(tmp_path / "hf", good | {"h.0.mlp.c_fc.weight": torch.ones(576)}), "(576,)")
+    refused(write(tmp_path / "hf", good | {"ln_f.bias": torch.ones(12, dtype=torch.int8)}), "int8")
+
+
+@pytest.mark.parametrize("option, value", [
+    ("model_type", "bert"), ("model_type", None), ("activation_function", "relu"),
+    ("activation_function", "gelu"), ("scale_attn_weights", False),
+    ("scale_attn_by_inverse_layer_idx", True), ("add_cross_attention", True),
+    ("n_head", None), ("n_head", "3"), ("n_head", 0), ("n_layer", -1)])
+def test_another_architecture_is_refused_by_name(tmp_path, option, value):
+    """Catches a checkpoint whose tensors fit and whose function is another one."""
+    directory = write(tmp_path / "hf", foreign(small()), **{option: value})
+    refused(directory, option, repr(value))
+
+
+def test_heads_must_divide_the_width(tmp_path):
+    """Catches an error from inside a reshape, long after the file was accepted."""
+    directory = write(tmp_path / "hf", foreign(small()), n_head=5)
+    with pytest.raises(ValueError, match="5 heads"):
+        convert(directory, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_missing_is_named(tmp_path):
+    """Catches a traceback, or a wrong file name, for a directory that lacks something."""
+    (tmp_path / "hf").mkdir()
+    refused(tmp_path / "hf", "config.json")
+    directory = write(tmp_path / "hf", foreign(small()), "none")
+    refused(directory, "model.safetensors", "pytorch_model.bin")
+    write(directory, foreign(small()), "shards")
+    (directory / "part-1.bin").unlink()
+    refused(directory, "part-1.bin")
+    (directory / "pytorch_model.bin.index.json").write_text("{}")
+    refused(directory, "weight_map")
+    (directory / "pytorch_model.bin").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    refused(directory, "git lfs pull")
+    for text in ("{", "[]", '{"model_type": "gp'):
+        (directory / "config.json").write_text(text)
+        refused(directory, "config.json", "damaged")
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
+def test_a_file_cut_short_is_refused_wherever_it_ends(tmp_path, form):
+    """Catches half a download taken for a whole one."""
+    directory = write(tmp_path / "hf", foreign(small()), form)
+    file = next(p for p in directory.iterdir() if p.name != "config.json")
+    whole = file.read_bytes()
+    for length in [0, 1, 8, 100, *range(500, len(whole), len(whole) // 40), len(whole) - 1]:
+        file.write_bytes(whole[:length])
+        refused(directory, file.name, "delete it")
+
+
+class Trap:
+    """Unpickled without care, it makes the file `path`."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, form):
+    """Catches weights_only=False: a downloaded file would own the machine."""
+    state = foreign(small()) | {"ln_f.bias": Trap(tmp_path / "sprung")}
+    directory = write(tmp_path / "hf", state, form)
+    if form == "pickle":
+        (directory / "pytorch_model.bin").write_bytes(pickle.dumps(state["ln_f.bias"]))
+    refused(directory, "pytorch_model.bin", "model.safetensors")
+    assert not (tmp_path / "sprung").exists()
+    with open(tmp_path / "trap", "wb") as file:             # the trap does work
+        pickle.dump(state["ln_f.bias"], file)
+    pickle.loads((tmp_path / "trap").read_bytes())
+    assert (tmp_path / "sprung").exists()
+
+
+def test_a_pickle_of_other_things_is_refused(tmp_path):
+    """Catches an AttributeError for a training checkpoint in the place of a state dict."""
+    refused(write(tmp_path / "hf", [torch.ones(1)]), "state dict")
+    refused(write(tmp_path / "hf", {"model": foreign(small()), "step": 3}), "state dict")
+
+
+def test_safetensors_without_its_package_is_an_error_with_the_next_step(tmp_path, monkeypatch):
+    """Catches an ImportError shown to the user, or the file passed over for nothing."""
+    directory = write(tmp_path / "hf", foreign(small()), "safetensors")
+    monkeypatch.setitem(sys.modules, "safetensors", None)       # as if it were not installed
+    refused(directory, "pip install safetensors")
+    torch.save(foreign(small()), directory / "pytorch_model.bin")
+    convert(directory, tmp_path / "out")
+    assert load(tmp_path / "out").config == small().config
+
+
+def test_the_foreign_config_is_never_overwritten(tmp_path):
+    """Catches `--out` on the source itself: its config.json would be lost."""
+    directory = write(tmp_path / "hf", foreign(small()))
+    before = (directory / "config.json").read_bytes()
+    with pytest.raises(ValueError, match="two directories"):
+        convert(directory, tmp_path / "other" / ".." / "hf")
+    assert (directory / "config.json").read_bytes() == before
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Answers as the real one does: a file's own address states its SHA-256 and sends on to a
+    storage address, which has the bytes and states nothing.
+    """
+
+    def do_HEAD(self):
+        self.server.asked.append(f"{self.command} {self.path}")
+        file = self.path.rsplit("/", 1)[1]
+        body = self.server.files.get(file)
+        if body is None:
+            self.send_error(404)
+        elif "/old-name/" in self.path:
+            self.send_response(307)
+            self.send_header("Location", self.path.replace("/old-name/", "/new-name/"))
+            self.end_headers()
+        elif file == "config.json" or self.path.startswith("/storage/"):
+            self.send_response(200)
+            self.send_header("ETag", '"0123456789012345678901234567890123456789"')
+            self.send_header("Content-Length", len(body))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+        else:
+            self.send_response(302)
+            self.send_header("Location", f"/storage/{file}")
+            if self.server.states_sums:
+                self.send_header("X-Linked-ETag", f'"{self.server.sums[file]}"')
+            self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A hub on this machine that has one small GPT-2 under every name."""
+    directory = write(tmp_path / "published", foreign(small(), "transformer."))
+    try:
+        write(directory, foreign(small()), "safetensors")
+    except pytest.skip.Exception:
+        pass                                    # then the .bin is asked for
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.files = {p.name: p.read_bytes() for p in directory.iterdir()}
+    server.sums = {name: hashlib.sha256(body).hexdigest() for name, body in server.files.items()}
+    server.states_sums, server.asked = True, []
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_name_is_downloaded_checked_and_converted(hub, tmp_path):
+    """Catches a wrong address, and downloads left behind that double the room on the disk."""
+    fetch("gpt2-medium", tmp_path / "out", hub.url)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == WHOLE
+    assert torch.equal(load(tmp_path / "out").wte.weight, small().wte.weight)
+    repository, commit = NAMES["gpt2-medium"]
+    assert f"GET /{repository}/resolve/{commit}/config.json" in hub.asked
+
+
+def test_the_sum_is_read_before_the_redirection(hub):
+    """Catches the checksum lost on the way: the storage host does not repeat it."""
+    url = hub.url + "/owner/name/resolve/main/pytorch_model.bin"
+    assert declared_sha256(url) == hub.sums["pytorch_model.bin"]
+    assert not any("/storage/" in line for line in hub.asked)
+    renamed = hub.url + "/owner/old-name/resolve/main/pytorch_model.bin"
+    assert declared_sha256(renamed) == hub.sums["pytorch_model.bin"]
+    # A short ETag is git's, of a small file: no SHA-256.
+    assert declared_sha256(hub.url + "/owner/name/resolve/main/config.json") is None
+
+
+@pytest.mark.parametrize("name", ["gpt2-medium", "gpt2"])
+def test_a_wrong_sum_keeps_nothing(hub, tmp_path, name):
+    """Catches a changed file accepted: by the hub's own sum, or by ours where we have one."""
+    if name == "gpt2-medium":
+        hub.sums = dict.fromkeys(hub.sums, "0" * 64)
+    with pytest.raises(ValueError, match="SHA-256"):
+        fetch(name, tmp_path / "out", hub.url)
+    assert {p.name for p in (tmp_path / "out" / "hf").iterdir()} == {"config.json"}
+    assert not any((tmp_path / "out" / name).exists() for name in WHOLE)
+
+
+def test_weights_without_any_sum_are_not_trusted(hub, tmp_path):
+    """Catches an unchecked download where the server says nothing."""
+    hub.states_sums = False
+    with pytest.raises(ValueError, match="no SHA-256"):
+        fetch("gpt2-large", tmp_path / "out", hub.url)
+
+
+def test_a_download_is_not_repeated_when_it_is_there(hub, tmp_path):
+    """Catches gigabytes fetched again after a full disk, and files put there by hand ignored."""
+    kept = tmp_path / "out" / "hf"
+    kept.mkdir(parents=True)
+    for name, body in hub.files.items():
+        (kept / name).write_bytes(body)
+    fetch("gpt2-xl", tmp_path / "out", hub.url)
+    assert hub.asked == []
+    assert load(tmp_path / "out").config == small().config
+
+
+def test_a_hub_that_says_no_is_named(hub, tmp_path):
+    """Catches a traceback from inside urllib."""
+    hub.files = {}
+    with pytest.raises(OSError, match="could not .*config.json.*404"):
+        fetch("gpt2-medium", tmp_path / "out", hub.url)
+    with pytest.raises(OSError, match="could not reach http://127.0.0.1:1/"):
+        declared_sha256("http://127.0.0.1:1/model.safetensors")    # nobody listens on port 1
+    with pytest.raises(ValueError, match="gpt2-medium"):
+        fetch("gpt5", tmp_path / "out", hub.url)
+
+
+def command(*words):
+    return subprocess.run([sys.executable, ROOT / "convert.py", *map(str, words)],
+                          capture_output=True, text=True)
+
+
+def test_the_command_converts_a_directory(tmp_path):
+    """Catches a command that works only when called as a function."""
+    done = command(write(tmp_path / "hf", foreign(small())), "--out", tmp_path / "out")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert load(tmp_path / "out").config == small().config
+
+
+def test_a_mistake_is_one_line_and_exit_status_2(tmp_path):
+    """Catches a traceback, torch's advice to run the code, or success reported for a failure."""
+    cut = write(tmp_path / "cut", foreign(small()))
+    whole = (cut / "pytorch_model.bin").read_bytes()
+    (cut / "pytorch_model.bin").write_bytes(whole[:len(whole) // 2])
+    trap = write(tmp_path / "trap", {"wte.weight": Trap(tmp_path / "sprung")}, "legacy")
+    for source, word in (("gpt5", "gpt2-medium"), (cut, "cut short"), (trap, "mkdir")):
+        done = command(source, "--out", tmp_path / "out")
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        assert word in done.stderr and "weights_only" not in done.stderr
+    assert not (tmp_path / "out").exists() and not (tmp_path / "sprung").exists()

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data import formats, sequence
 from data.tokenizer import load_tokenizer
-from model import Cache, load
+from model import Cache, attend, load
 from plumbing import flag, parse, run, whole_file
 from prefix import load_prefix
 
@@ -45,6 +45,8 @@ class Settings:
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     dtype: str = flag("auto", "of the frozen weights; auto: bf16 on a GPU that has it, else fp32",
                       choices=["auto", "fp32", "bf16", "fp64"])
+    attention: str = flag("explicit", "fused: one kernel that reads the prefix without copying it; "
+                                      "needs a CUDA GPU and triton", choices=["explicit", "fused"])
 
 
 def decide_device(device, dtype):
@@ -93,6 +95,21 @@ def open_model(name, device, dtype):
     return load(directory, *decide_device(device, dtype)), load_tokenizer(directory)
 
 
+def find_attention(name, model):
+    """The function for the word of --attention. Raises ValueError where fused cannot run, with the
+    reason: it is never replaced by the explicit form unasked.
+    """
+    if name == "explicit":
+        return attend
+    try:
+        import fused                            # a side door, and triton behind it
+    except ImportError as error:
+        raise ValueError(f"got --attention fused, but there is no fused.py here ({error}); use "
+                         "--attention explicit") from error
+    fused.check(model.wte.weight.device, model.wte.weight.dtype)
+    return fused.attend
+
+
 def choose(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     """One token a row from logits (B, V): the likeliest at temperature 0, else drawn. Returns (B,).
 
@@ -113,12 +130,14 @@ def choose(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
 
 
 @torch.no_grad()
-def generate(model, prompts, eos, prefix=None, max_new=100, min_new=0, banned=(), choose=choose):
+def generate(model, prompts, eos, prefix=None, max_new=100, min_new=0, banned=(), choose=choose,
+             attend=attend):
     """Go on with each of `prompts`, lists of tokens of any lengths.
 
     A row ends at `eos`, after `max_new` tokens, or where the model's positions are used up.
     prefix: (L, 2, 1 or B, H, P, D). min_new: tokens before `eos` is allowed; banned: tokens never
-    said. choose: from logits (B, V) to tokens (B,). Returns each row's new tokens, without eos.
+    said. choose: from logits (B, V) to tokens (B,). attend: see GPT2.forward. Returns each row's
+    new tokens, without eos.
     """
     prefix = model.no_prefix() if prefix is None else prefix
     B, T, P = len(prompts), max(map(len, prompts)), prefix.size(4)
@@ -131,7 +150,7 @@ def generate(model, prompts, eos, prefix=None, max_new=100, min_new=0, banned=()
     cache, done, said = Cache(model, B, T + max_new), torch.zeros_like(pad, dtype=torch.bool), []
     for n in range(max_new):
         seen = P + cache.length + ids.size(1)
-        hidden = model(ids, prefix, real[:, :seen], cache)              # (B, T, C), later (B, 1, C)
+        hidden = model(ids, prefix, real[:, :seen], cache, attend)      # (B, T, C), later (B, 1, C)
         logits = model.head(hidden[:, -1])                                      # (B, V)
         logits[:, list(banned)] = float("-inf")
         if n < min_new:
@@ -158,6 +177,7 @@ class Speaker:
         name = settings.model or run_settings(settings.run)["model"]
         self.model, self.tokenizer = open_model(name, settings.device, settings.dtype)
         self.prefix, self.settings = self.model.no_prefix(), settings
+        self.attend = find_attention(settings.attention, self.model)
         if settings.run:
             self.prefix = load_prefix(Path(settings.run) / "prefix.pt", self.model)
         ban = settings.ban or (["\n", "\n\n"] if settings.run else [])
@@ -190,7 +210,8 @@ class Speaker:
         rows = generate(
             self.model, [self.tokens(source) for source in sources], self.tokenizer.eot_token,
             self.prefix, s.max_new, s.min_new, self.banned,
-            lambda logits: choose(logits, s.temperature, s.top_k, s.top_p, self.generator))
+            lambda logits: choose(logits, s.temperature, s.top_k, s.top_p, self.generator),
+            self.attend)
         return [sequence.text_of(self.tokenizer, row) for row in rows]
 
 

@@ -30,7 +30,7 @@ from data import sequence, tasks
 from model import UNREADABLE, attend, why
 from plumbing import flag, parse, run, whole_file
 from prefix import Prefix, counts, keys_and_values, load_prefix, save_prefix
-from sample import generate, open_model, run_settings
+from sample import find_attention, generate, open_model, run_settings
 
 # What a flag left out means, by data set: the paper's table 6, prefix-tuning with GPT-2. For the
 # bundled world: found on its own held-out kinds of things. Other files: E2E's, with the paper's
@@ -71,6 +71,8 @@ class Settings:
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     dtype: str = flag("auto", "of the frozen weights, the prefix is fp32; auto: bf16 on a GPU that "
                               "has it, else fp32", choices=["auto", "fp32", "bf16", "fp64"])
+    attention: str = flag("explicit", "fused: one kernel that reads the prefix without copying it; "
+                                      "needs a CUDA GPU and triton", choices=["explicit", "fused"])
     out: str = flag("", "directory of the run; left out: out/MODEL-DATA")
     resume: str = flag("", "directory of a run to go on with; its own settings are used")
     stop_at: int = flag(0, "stop after this step as Ctrl-C would, to be resumed; 0: at the end")
@@ -122,13 +124,13 @@ def target_nats(model, prefix, ids, learn, attend=attend):
 
 
 @torch.no_grad()
-def dev_loss(model, prefix, pairs, batch_size):
+def dev_loss(model, prefix, pairs, batch_size, attend=attend):
     """-log p of a target token, averaged over all target tokens of `pairs`, in nats."""
     pairs, nats, tokens = sorted(pairs, key=lambda p: len(p.ids)), 0.0, 0
     prefix = prefix.fold().to(model.wte.weight.dtype)
     for i in range(0, len(pairs), batch_size):
         ids, learn = collate(pairs[i:i + batch_size], prefix.device)
-        nats += target_nats(model, prefix, ids, learn).item()
+        nats += target_nats(model, prefix, ids, learn, attend).item()
         tokens += learn.sum().item()
     return nats / tokens
 
@@ -206,8 +208,9 @@ def make_prefix(settings, model, tokenizer):
 class Run:
     """Everything that changes while learning, and the directory that keeps it."""
 
-    def __init__(self, settings, model, prefix):
+    def __init__(self, settings, model, prefix, attend=attend):
         self.settings, self.model, self.prefix = settings, model, prefix
+        self.attend = attend                        # the function that --attention asks for
         self.directory = Path(settings.out)
         # Only the prefix is handed over: the optimiser could not touch the frozen model if it
         # wanted to.
@@ -270,7 +273,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         prefix = self.prefix().to(self.model.wte.weight.dtype)   # the MLP, once for the whole batch
-        nats = target_nats(self.model, prefix, ids, learn)
+        nats = target_nats(self.model, prefix, ids, learn, self.attend)
         # Summed over a target, averaged over the batch, as in the official code: long targets weigh
         # more.
         (nats / len(ids)).backward()
@@ -282,7 +285,8 @@ class Run:
 
     def look(self, dev):
         """The dev loss now. A new best prefix is kept; then the whole state."""
-        loss = dev_loss(self.model, self.prefix, dev, max(16, self.settings.batch_size))
+        batch_size = max(16, self.settings.batch_size)
+        loss = dev_loss(self.model, self.prefix, dev, batch_size, self.attend)
         if self.step == 0:
             self.first = loss
         self.log(dev_loss=loss)
@@ -363,7 +367,8 @@ def show(run, tokenizer, pair):
     print(f"\ntable      {source}")
     for name, prefix in (("no prefix", None),
                          ("prefix", load_prefix(run.directory / "prefix.pt", run.model))):
-        words = generate(run.model, [prompt], tokenizer.eot_token, prefix, max_new=60)[0]
+        words = generate(run.model, [prompt], tokenizer.eot_token, prefix, max_new=60,
+                         attend=run.attend)[0]
         print(f"{name:10} {' '.join(sequence.text_of(tokenizer, words).split())}")
     print(f'a person   {target}\n\ndecode with: python sample.py --run {run.directory} "{source}"')
 
@@ -373,6 +378,7 @@ def main(argv=None):
         ["defaults by data set:"] + [f"  {d}: {v}" for d, v in DEFAULTS.items()]))
     settings = resumed(asked) if asked.resume else resolve(asked)
     model, tokenizer = open_model(settings.model, settings.device, settings.dtype)
+    attend = find_attention(settings.attention, model)
     prefix = make_prefix(settings, model, tokenizer)
     room = model.config.n_positions - settings.prefix_len
     pairs, dev = load_pairs(settings, tokenizer, room)
@@ -380,7 +386,7 @@ def main(argv=None):
     print(f"{settings.model}: {counts(prefix, model)}\n"
           f"{settings.data}: {len(pairs):,} pairs to learn from, {len(dev):,} dev pairs scored; "
           f"{settings.steps:,} steps of {settings.batch_size} -> {settings.out}")
-    run = Run(settings, model, prefix)
+    run = Run(settings, model, prefix, attend)
     if settings.resume:
         run.restore()
     else:

@@ -219,11 +219,16 @@ def keys_kernel(q, k, v, real, out, lse, grad, dk, dv, scale, B, H, T, K, N, fir
 
 # ---- the kernels as a function that autograd knows
 
+def power_of_2(n):
+    """The least that is not below n; a product of tiles wants at least 16."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
 def block(x, length):
-    """How many rows of x make a tile: a power of 2, no more than needed or than a program holds."""
+    """How many rows of x make a tile: no more than there are, or than a program holds."""
     bytes_of_row = x.size(3) * x.element_size()
     most = 64 if bytes_of_row <= 128 else 32 if bytes_of_row <= 256 else 16     # found by compiling
-    return min(most, max(16, triton.next_power_of_2(length)))       # a product wants at least 16
+    return min(most, power_of_2(length))
 
 
 def tiles(q, P, S, causal):
@@ -231,7 +236,7 @@ def tiles(q, P, S, causal):
     (T, D), dot = q.shape[2:], DTYPES[q.dtype]
     if triton.knobs.runtime.interpret:
         dot = tl.float32            # the interpreter knows bf16 only as bits, and multiplies those
-    return dict(CAUSAL=causal, D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), DOT=dot,
+    return dict(CAUSAL=causal, D=D, BLOCK_D=power_of_2(D), DOT=dot,
                 BLOCK_T=block(q, T), BLOCK_P=block(q, P), BLOCK_S=block(q, S))
 
 
@@ -263,10 +268,10 @@ def key_gradients(ctx, k, v, first, g):
     q, _, _, _, _, real, out, lse = ctx.saved_tensors
     (B, H, T, D), (rows, _, N, _), (scale, _, _, S, P) = q.shape, k.shape, ctx.numbers[:5]
     sizes, share, dtype = tiles_of_keys(q, N, ctx.sizes["CAUSAL"]), 1, k.dtype
-    count = triton.cdiv(N, sizes["BLOCK_N"])                # tiles of keys
+    count = math.ceil(N / sizes["BLOCK_N"])                 # tiles of keys
     if rows < B:        # shared by the batch: sums over some rows in fp32, then the sum of these
-        share, dtype = triton.cdiv(B, max(1, PROGRAMS // max(1, H * count))), torch.float32
-    both = q.new_empty(2, triton.cdiv(B, share), N, H, D, dtype=dtype)      # (2, groups, N, H, D)
+        share, dtype = math.ceil(B / max(1, PROGRAMS // max(1, H * count))), torch.float32
+    both = q.new_empty(2, math.ceil(B / share), N, H, D, dtype=dtype)      # (2, groups, N, H, D)
     if N:
         keys_kernel[(count, H, both.size(1))](
             q, k, v, real, out, lse, g, both[0], both[1], scale, B, H, T, P + S, N, first, share,
@@ -287,7 +292,7 @@ class Attend(torch.autograd.Function):
         ctx.numbers = (math.log2(math.e) / math.sqrt(D), H, T, S, P, *steps(q), *steps(k),
                        *steps(pk), 0 if len(real) == 1 else real.stride(0))
         ctx.sizes = tiles(q, P, S, causal)
-        ctx.grid = (triton.cdiv(T, ctx.sizes["BLOCK_T"]), H, B)
+        ctx.grid = (math.ceil(T / ctx.sizes["BLOCK_T"]), H, B)
         forward_kernel[ctx.grid](q, k, v, pk, pv, real, out, lse, *ctx.numbers, **ctx.sizes)
         ctx.save_for_backward(q, k, v, pk, pv, real, out, lse)
         return out.transpose(1, 2)                                              # (B, H, T, D)

@@ -10,8 +10,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)                # results that do not depend on how many cores there are
-if not torch.cuda.is_available():       # Then fused.py runs as Python on a CPU, slowly. Triton looks
-    os.environ["TRITON_INTERPRET"] = "1"                # at this once, when it is imported.
+if not torch.cuda.is_available():       # fused.py then runs as Python on a CPU, slowly: Triton
+    os.environ["TRITON_INTERPRET"] = "1"                # looks at this once, when it is imported.
 
 from model import GPT2, GPT2Config, save  # noqa: E402
 

@@ -1,0 +1,195 @@
+"""Speed: how long things take beside the alternatives, in one run and taking turns.
+
+    python bench.py attention                               this machine, printed
+    python bench.py attention --out figures/results/attention.jsonl
+
+`attention`: one layer of attention with a prefix that the batch shares. The forms are model.attend
+(explicit), concatenation and PyTorch's scaled_dot_product_attention, as other implementations have
+it (sdpa; where padding forces a mask on it, sdpa+mask), and fused.py where there is a CUDA GPU.
+Training is forward and backward, decoding one query a row. On a GPU a second column replays the
+same work as a CUDA graph: what is left when Python and the launches cost nothing. Not here: whole
+models and other packages.
+"""
+import dataclasses
+import datetime
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
+
+from model import attend, may_look
+from plumbing import flag, parse, run, whole_file
+
+SHAPES = {  # B, H, T, S, P; D = 64. GPT-2 medium's 16 heads; batches and lengths of the paper.
+    "training, batch 5": (5, 16, 60, 60, 5),
+    "training, batch 10": (10, 16, 60, 60, 10),
+    "training, batch 32": (32, 16, 96, 96, 10),
+    "training, long prefix": (32, 16, 96, 96, 200),
+    "decoding, batch 1": (1, 16, 1, 96, 10),
+    "decoding, batch 32": (32, 16, 1, 96, 10),
+    "decoding, batch 256": (256, 16, 1, 96, 10),
+    "decoding, long prefix": (256, 16, 1, 96, 200),
+    "decoding, long text": (32, 16, 1, 800, 10),
+}
+
+
+@dataclasses.dataclass
+class Settings:
+    what: str = flag("", "attention")
+    device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
+    dtype: str = flag("auto", "auto: bf16 on a GPU, else fp32", choices=["auto", "fp32", "bf16"])
+    rounds: int = flag(0, "turns that each form takes; 0: 50 on a GPU, 5 on a CPU")
+    out: str = flag("", "write the figures here too, as JSON lines")
+
+
+# ---- attention with a shared prefix, by concatenation and PyTorch's fused attention
+
+def sdpa(q, k, v, pk, pv, real, causal):
+    """Only where nothing is padded: then no mask has to be written out, and PyTorch is fastest."""
+    k, v = (torch.cat((p.expand(len(q), -1, -1, -1), x), 2) for p, x in ((pk, k), (pv, v)))
+    order = causal_lower_right(q.size(2), k.size(2)) if q.size(2) > 1 else None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=order)             # (B, H, T, D)
+
+
+def sdpa_with_mask(q, k, v, pk, pv, real, causal):
+    k, v = (torch.cat((p.expand(len(q), -1, -1, -1), x), 2) for p, x in ((pk, k), (pv, v)))
+    mask = may_look(real, q.size(2), causal)                                    # (B, 1, T, P+S)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)              # (B, H, T, D)
+
+
+def forms(device):
+    found = {"explicit": attend, "sdpa": sdpa, "sdpa+mask": sdpa_with_mask}
+    if device.type == "cuda":
+        import fused                            # needs triton
+        found["fused"] = fused.attend
+    return found
+
+
+def work(form, B, H, T, S, P, device, dtype):
+    """A function without arguments that does the work once, on tensors lying as GPT-2 has them."""
+    training, D = T > 1, 64
+    torch.manual_seed(0)
+    q = torch.randn(B, T, H, D, device=device, dtype=dtype).transpose(1, 2)     # (B, H, T, D)
+    k, v = torch.randn(2, B, H, S, D, device=device, dtype=dtype)               # (B, H, S, D)
+    pk, pv = torch.randn(2, 1, H, P, D, device=device, dtype=dtype)             # (1, H, P, D)
+    inputs = [x.detach().requires_grad_(training) for x in (q, k, v, pk, pv)]
+    real = torch.ones(B, P + S, dtype=torch.bool, device=device)
+    g = torch.randn_like(q)
+
+    def once():
+        out = form(*inputs, real, True)
+        if training:
+            torch.autograd.grad(out, inputs, g)
+    return once
+
+
+# ---- timing
+
+def seconds(once, device, times=20):
+    """Seconds that one call takes, the mean of a few in a row."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(times):
+            once()
+        return (time.perf_counter() - start) / times
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(times):
+        once()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000 / times
+
+
+def as_graph(once):
+    """The same work recorded once, to be replayed by the GPU without Python."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):               # PyTorch wants a first run on another stream
+        once()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        once()
+    return graph.replay
+
+
+def measure(shape, device, dtype, rounds):
+    """{form: {"us": median microseconds, "graph us": ..., "peak MB": ...}} for one shape."""
+    calls, figures = {}, {}
+    for name, form in forms(device).items():
+        once = work(form, *shape, device, dtype)
+        for _ in range(3):                      # compilation, memory pools
+            once()
+        calls[name, "us"], figures[name] = once, {}
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            once()
+            figures[name]["peak MB"] = (torch.cuda.max_memory_allocated() - before) / 1e6
+            calls[name, "graph us"] = as_graph(once)
+    times = {key: [] for key in calls}
+    for _ in range(rounds):                     # in turns: what disturbs one disturbs all
+        for key, once in calls.items():
+            times[key].append(seconds(once, device, 20 if device.type == "cuda" else 1))
+    for (name, column), values in times.items():
+        figures[name][column] = statistics.median(values) * 1e6
+    return figures
+
+
+def attention(device, dtype, rounds):
+    """Print the table of all shapes; return one row of figures for each form and shape."""
+    rows = []
+    print(f"{'':24}{'form':>11}{'us':>10}{'/ best other':>14}{'graph us':>10}{'/ best other':>14}"
+          f"{'peak MB':>9}")
+    for title, shape in SHAPES.items():
+        figures = measure(shape, device, dtype, rounds)
+        for name, told in figures.items():
+            ratio = {}
+            for column in ("us", "graph us"):
+                if column in told:
+                    best = min(other[column] for n, other in figures.items() if n != name)
+                    ratio[column] = told[column] / best
+            rows.append({"what": title, "form": name, **dict(zip("BHTSP", shape)), **told,
+                         "over best other": ratio})
+            cells = [f"{told[c]:>10.1f}{ratio[c]:>14.2f}" if c in told else f"{'-':>10}{'-':>14}"
+                     for c in ("us", "graph us")]
+            memory = f"{told['peak MB']:>9.1f}" if "peak MB" in told else f"{'-':>9}"
+            print(f"{title if name == 'explicit' else '':24}{name:>11}{''.join(cells)}{memory}",
+                  flush=True)
+    return rows
+
+
+def main(argv=None):
+    settings = parse(Settings, argv, "Measure speed beside the alternatives.", "what")
+    if settings.what != "attention":
+        raise ValueError(f"got {settings.what!r}; expected what to measure: attention; "
+                         "`python bench.py attention`")
+    cuda = torch.cuda.is_available()
+    device = torch.device(("cuda" if cuda else "cpu") if settings.device == "auto"
+                          else settings.device)
+    if device.type == "cuda" and not cuda:
+        raise ValueError(f"got --device {device}, but PyTorch sees no CUDA; use --device cpu")
+    name = {"auto": "bf16" if device.type == "cuda" else "fp32"}.get(settings.dtype, settings.dtype)
+    rounds = settings.rounds or (50 if device.type == "cuda" else 5)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)           # events and graphs belong to the current GPU
+    machine = (torch.cuda.get_device_name() if device.type == "cuda"
+               else platform.processor() or platform.machine())
+    about = {"machine": machine, "torch": torch.__version__, "dtype": name, "rounds": rounds,
+             "date": datetime.date.today().isoformat(), "threads": torch.get_num_threads()}
+    print(" ".join(f"{key} {value}" for key, value in about.items()))
+    rows = attention(device, {"fp32": torch.float32, "bf16": torch.bfloat16}[name], rounds)
+    if settings.out:
+        with whole_file(Path(settings.out), "w") as file:
+            file.writelines(json.dumps(about | row) + "\n" for row in rows)
+
+
+if __name__ == "__main__":
+    run(main)

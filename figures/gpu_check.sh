@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can tell, in one go: the kernels' resources, all tests (the compiled
+# kernels among them), attention timed. Figures go to the folder given, figures/results by default;
+# the table comes last. Usage: bash figures/gpu_check.sh [FOLDER]
+set -uo pipefail
+cd "$(dirname "$0")/.."
+folder=${1:-figures/results}
+mkdir -p "$folder"
+failed=0
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || failed=1
+python3 -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
+python3 tests/compile_kernels.py > "$folder/kernels-sm90.txt" 2>&1 || failed=1
+python3 -m pytest -q -p no:cacheprovider > "$folder/tests.txt" 2>&1 || failed=1
+tail -40 "$folder/tests.txt"
+cat "$folder/kernels-sm90.txt"
+python3 bench.py attention --out "$folder/attention.jsonl" || failed=1
+exit $failed

@@ -1,0 +1,33 @@
+"""A race is fair only where everybody runs the same way: the forms that bench.py times agree."""
+import json
+
+import torch
+
+import bench
+from model import attend
+
+
+def test_what_is_timed_is_the_same_function():
+    """Would catch: a rival with its triangle in the wrong corner, fast and wrong."""
+    torch.manual_seed(1)
+    for B, H, T, S, P in ((3, 2, 5, 5, 4), (3, 2, 1, 9, 4)):
+        q = torch.randn(B, H, T, 8, dtype=torch.float64)
+        k, v = torch.randn(2, B, H, S, 8, dtype=torch.float64)
+        pk, pv = torch.randn(2, 1, H, P, 8, dtype=torch.float64)
+        real = torch.ones(B, P + S, dtype=torch.bool)
+        expected = attend(q, k, v, pk, pv, real, True)
+        for form in bench.forms(torch.device("cpu")).values():
+            out = form(q, k, v, pk, pv, real, True)
+            assert (out - expected).abs().max() < 1e-10     # float64, in another order: 1e-15
+
+
+def test_a_row_of_figures_for_each_form_and_shape(tmp_path, monkeypatch, capsys):
+    """Would catch: a bench that fails after its minutes of work, a ratio upside down."""
+    monkeypatch.setattr(bench, "SHAPES", {"small": (2, 2, 4, 4, 3)})
+    out = tmp_path / "figures.jsonl"
+    bench.main(["attention", "--device", "cpu", "--rounds", "1", "--out", str(out)])
+    rows = {row["form"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert list(rows) == ["explicit", "sdpa", "sdpa+mask"]
+    best = min(rows["sdpa"]["us"], rows["sdpa+mask"]["us"])
+    assert rows["explicit"]["over best other"]["us"] == rows["explicit"]["us"] / best
+    assert rows["explicit"]["machine"] and "explicit" in capsys.readouterr().out

@@ -3,7 +3,7 @@
     python convert.py gpt2-medium                       downloads, checks, converts
     python convert.py DIRECTORY --out weights/NAME      from config.json and its weights on disk
 
-The prefix belongs to one frozen language model (Li & Liang 2021, section 4.1); this brings that
+The prefix belongs to one frozen language model (Li & Liang 2021, section 4.2); this brings that
 model in. sample.py and train.py call `fetch` for a name that weights/ does not have yet. A file
 from elsewhere is not trusted: tensors are read and code is refused, and every name and every shape
 must be what model.py expects, for a checkpoint that nearly fits would talk nonsense without an

@@ -59,7 +59,7 @@ def attend(q, k, v, pk, pv, real, causal):
     v = torch.cat((pv.expand(B, -1, -1, -1), v), 2)             # (B, H, P+S, D)
     hidden = ~may_look(real, T, causal)                         # (B, 1, T, P+S)
     scores = (q / math.sqrt(D)) @ k.transpose(2, 3)             # (B, H, T, P+S)
-    # The lowest finite number, not -inf: a row without any key would become 0/0. Its weights, equal
+    # The lowest finite number, not -inf: a row without any key would become NaN. Its weights, equal
     # and meaningless, are then set to 0, as PyTorch's scaled_dot_product_attention has it.
     scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1).masked_fill(hidden, 0)         # (B, H, T, P+S)
@@ -210,13 +210,13 @@ class GPT2(nn.Module):
 
 ARCHITECTURES = {"gpt2": (GPT2Config, GPT2)}
 # What reading a file that is damaged, or is something else, can raise.
-UNREADABLE = (OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError,
-              pickle.UnpicklingError)
+UNREADABLE = (OSError, EOFError, LookupError, ArithmeticError, AttributeError, TypeError,
+              ValueError, RuntimeError, pickle.UnpicklingError)
 
 
 def why(error):
     """What is wrong with a file, in a few words."""
-    if isinstance(error, pickle.UnpicklingError):   # PyTorch's own words advise to run what is in it
+    if isinstance(error, pickle.UnpicklingError):   # PyTorch's own words advise to run it
         return "it holds code, or is no file of tensors"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
@@ -260,6 +260,8 @@ def load(directory, device="cpu", dtype=torch.float32):
         with torch.device("meta"):         # no numbers yet: they come from the file, without a copy
             model = model_class(config)
         model.load_state_dict(state, assign=True)
+        if fingerprint(model) != mark:
+            raise ValueError("model.pt holds other weights than config.json tells of")
     except FileNotFoundError as error:
         raise ValueError(f"got {directory}, which has no {Path(error.filename).name}; expected "
                          "what convert.py writes; make it with `python convert.py`") from error

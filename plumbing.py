@@ -21,9 +21,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 
-def flag(default, text, choices=None, kind=None):
-    """A field of a settings dataclass: its default, its help text, and the values it may take."""
-    metadata = {"help": text, "choices": choices, "kind": kind or type(default)}
+def flag(default, text, choices=None, kind=None, within=None):
+    """A field of a settings dataclass: its default, its help text, and the values it may take, as
+    `choices` or as `within`, the lowest and the highest number.
+    """
+    metadata = {"help": text, "choices": choices, "kind": kind or type(default), "within": within}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -67,6 +69,11 @@ def parse(settings, argv, description, positional=None, notes=""):
                          + (f"did you mean {near[0]}? " if near else "")
                          + f"`{parser.prog} --help` lists every flag")
     given = {name: value for name, value in vars(known).items() if value is not None}
+    for field in dataclasses.fields(settings):
+        low, high = field.metadata["within"] or (None, None)
+        if low is not None and field.name in given and not low <= given[field.name] <= high:
+            raise ValueError(f"got --{field.name.replace('_', '-')} {given[field.name]}; expected "
+                             f"a number from {low} to {high}")
     return settings(**given)        # what was left out takes the dataclass's own default
 
 
@@ -90,7 +97,7 @@ def whole_file(path, mode="wb"):
     crash, kill -9 or a full disk leaves the file that was there before.
     """
     path = Path(path)
-    temporary = None
+    temporary, new_folder = None, not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
@@ -103,6 +110,9 @@ def whole_file(path, mode="wb"):
     except BaseException as error:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
+        if new_folder:
+            with contextlib.suppress(OSError):      # not there, or not empty
+                path.parent.rmdir()
         if isinstance(error, (OSError, RuntimeError)):  # RuntimeError: torch.save on a full disk
             raise OSError(f"could not write {path}: {error}; free some space or choose another "
                           "directory; what was there before is untouched") from error

@@ -58,8 +58,7 @@ class Prefix(nn.Module):
             return self().clone(memory_format=torch.contiguous_format)          # (L, 2, 1, H, P, D)
 
     def start_from(self, target, steps=500, lr=1e-4):
-        """Start at the keys and values `target` (L, 2, 1, H, P, D) instead of at random (section
-        7.4).
+        """Start at the keys and values `target` (L, 2, 1, H, P, D), not at random (section 7.4).
 
         Without an MLP they are copied. With one, theta is fitted to them: 500 steps of Adam on the
         mean squared error, as in the official low-data code. Returns the mean squared error that is
@@ -119,10 +118,14 @@ def load_prefix(path, model):
         if saved["format"] != FORMAT:
             raise KeyError("format")
         mark, prefix = saved["fingerprint"], saved["prefix"]
+        wanted, P = model.no_prefix().shape, prefix.size(4)     # (L, 2, 1, H, 0, D)
     except UNREADABLE as error:
-        raise ValueError(f"got {path}, which is no prefix ({why(error)}); expected the prefix.pt of "
-                         "a run of train.py") from error
+        raise ValueError(f"got {path}, which is no prefix ({why(error)}); expected the prefix.pt "
+                         "of a run of train.py") from error
     if mark != model.fingerprint:
         raise ValueError(f"got {path}, a prefix for the model {mark!r}, expected one for the model "
                          f"that is loaded, {model.fingerprint!r}; load the one it was trained with")
+    if prefix.shape != (*wanted[:4], P, wanted[5]):
+        raise ValueError(f"got {path} with a prefix of shape {tuple(prefix.shape)}, expected "
+                         f"{tuple(wanted[:4])} + (P, {wanted[5]}); train it again")
     return prefix.to(model.wte.weight)

@@ -19,11 +19,13 @@ from tqdm import tqdm
 
 from data import formats, sequence
 from data.tokenizer import load_tokenizer
-from model import Cache, attend, load
+from model import UNREADABLE, Cache, attend, load
 from plumbing import flag, parse, run, whole_file
 from prefix import load_prefix
 
 WEIGHTS = Path(__file__).parent / "weights"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+LINE_BREAKS = ("\n", "\n\n")           # never said after a table: tokens 198 and 628 of GPT-2
 
 
 @dataclasses.dataclass
@@ -33,15 +35,19 @@ class Settings:
     model: str = flag("", "without --run: the frozen model of this name, or in this directory")
     input: str = flag("", "a file with one source a line, or .jsonl with a \"source\" in each line")
     output: str = flag("", "write here, not to standard output; .jsonl keeps the sources too")
-    max_new: int = flag(100, "tokens to generate at most")
-    min_new: int = flag(0, "tokens to generate before <|endoftext|> is allowed")
-    ban: list = flag([], "text whose tokens may never be said, repeatable; with --run and none "
-                         "given: line breaks, as in the paper")
-    temperature: float = flag(0.0, "0: greedy; 1: sample from the model's distribution")
-    top_k: int = flag(0, "sample from the k likeliest tokens only; 0: from all")
-    top_p: float = flag(1.0, "sample from the likeliest tokens that together have this probability")
-    seed: int = flag(101, "seed of the sampling")
-    batch_size: int = flag(16, "sources decoded at once, with --input")
+    max_new: int = flag(100, "tokens to generate at most", within=(1, 10 ** 6))
+    min_new: int = flag(0, "tokens to generate before <|endoftext|> is allowed",
+                        within=(0, 10 ** 6))
+    ban: list = flag([], "text each of whose tokens may never be said (\" the\" and \"the\" are "
+                         "two), repeatable; with --run and none given: line breaks")
+    temperature: float = flag(0.0, "0: greedy; 1: sample from the model's distribution",
+                              within=(0, 1000))
+    top_k: int = flag(0, "sample from the k likeliest tokens only; 0: from all",
+                      within=(0, 10 ** 6))
+    top_p: float = flag(1.0, "sample from the likeliest tokens that together have this probability",
+                        within=(1e-9, 1))
+    seed: int = flag(101, "seed of the sampling", within=(0, 10 ** 12))
+    batch_size: int = flag(16, "sources decoded at once, with --input", within=(1, 10 ** 6))
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     dtype: str = flag("auto", "of the frozen weights; auto: bf16 on a GPU that has it, else fp32",
                       choices=["auto", "fp32", "bf16", "fp64"])
@@ -55,14 +61,23 @@ def decide_device(device, dtype):
     """
     cuda = torch.cuda.is_available()
     why = ("asked for" if device != "auto" else "there is one" if cuda else "no CUDA device here")
-    device = torch.device(("cuda" if cuda else "cpu") if device == "auto" else device)
-    if device.type == "cuda" and not cuda:
-        raise ValueError(f"got --device {device}, but PyTorch sees no CUDA; use --device cpu")
+    name = ("cuda" if cuda else "cpu") if device == "auto" else device
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"got --device {name}, which PyTorch cannot use here (it sees "
+                         f"{torch.cuda.device_count()} CUDA devices); use --device cpu") from error
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     because = "asked for" if dtype != "auto" else "fast here" if fast else "no fast bf16 known here"
     dtype = ("bf16" if fast else "fp32") if dtype == "auto" else dtype
     print(f"device {device} ({why}), weights in {dtype} ({because})", file=sys.stderr)
-    return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[dtype]
+    return device, DTYPES[dtype]
+
+
+def name_of_dtype(dtype):
+    """The word of --dtype for a torch dtype."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def find_model(name):
@@ -118,7 +133,9 @@ def choose(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     """
     if temperature == 0:
         return logits.argmax(-1)                                                # (B,)
-    order = logits.argsort(-1, descending=True)                             # (B, V) likeliest first
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))        # bf16 is too coarse
+    logits = logits - logits.amax(-1, keepdim=True)     # so that a tiny temperature cannot overflow
+    order = logits.argsort(-1, descending=True)                         # (B, V) likeliest first
     p = (logits / temperature).softmax(-1).gather(1, order)                     # (B, V)
     if top_k:
         p[:, top_k:] = 0
@@ -134,13 +151,19 @@ def generate(model, prompts, eos, prefix=None, max_new=100, min_new=0, banned=()
              attend=attend):
     """Go on with each of `prompts`, lists of tokens of any lengths.
 
-    A row ends at `eos`, after `max_new` tokens, or where the model's positions are used up.
+    A row ends at `eos`, after `max_new` tokens, or where the longest row has used up the model's
+    positions. Raises ValueError for an empty prompt or one that fills all positions.
     prefix: (L, 2, 1 or B, H, P, D). min_new: tokens before `eos` is allowed; banned: tokens never
     said. choose: from logits (B, V) to tokens (B,). attend: see GPT2.forward. Returns each row's
     new tokens, without eos.
     """
     prefix = model.no_prefix() if prefix is None else prefix
+    if not prompts or not all(prompts):
+        raise ValueError("got an empty prompt, or none; expected a token at least in each")
     B, T, P = len(prompts), max(map(len, prompts)), prefix.size(4)
+    if P + T >= model.config.n_positions:
+        raise ValueError(f"got a prefix of {P} and a prompt of {T} tokens; expected less than "
+                         f"{model.config.n_positions} together; shorten one of them")
     device, max_new = model.wte.weight.device, min(max_new, model.config.n_positions - P - T)
     # Padding goes in front, so that the newest token of every row stands in the last column.
     ids = torch.tensor([[eos] * (T - len(p)) + p for p in prompts], device=device)          # (B, T)
@@ -171,16 +194,13 @@ class Speaker:
         if bool(settings.run) == bool(settings.model):
             raise ValueError(f"got {'both' if settings.run else 'neither'} of --run and --model; "
                              "expected one: --run out/NAME, or --model NAME for the frozen model")
-        if settings.temperature < 0 or not 0 < settings.top_p <= 1 or settings.top_k < 0:
-            raise ValueError(f"got temperature {settings.temperature}, top-k {settings.top_k}, "
-                             f"top-p {settings.top_p}; expected >= 0, >= 0, and above 0 up to 1")
         name = settings.model or run_settings(settings.run)["model"]
         self.model, self.tokenizer = open_model(name, settings.device, settings.dtype)
         self.prefix, self.settings = self.model.no_prefix(), settings
         self.attend = find_attention(settings.attention, self.model)
         if settings.run:
             self.prefix = load_prefix(Path(settings.run) / "prefix.pt", self.model)
-        ban = settings.ban or (["\n", "\n\n"] if settings.run else [])
+        ban = settings.ban or (LINE_BREAKS if settings.run else ())
         self.banned = sorted({t for text in ban for t in self.tokenizer.encode_ordinary(text)})
         self.generator = torch.Generator(self.model.wte.weight.device).manual_seed(settings.seed)
 
@@ -205,40 +225,41 @@ class Speaker:
         return cut
 
     def say(self, sources):
-        """The text for each source."""
+        """The text for each source, on one line each."""
         s = self.settings
         rows = generate(
             self.model, [self.tokens(source) for source in sources], self.tokenizer.eot_token,
             self.prefix, s.max_new, s.min_new, self.banned,
             lambda logits: choose(logits, s.temperature, s.top_k, s.top_p, self.generator),
             self.attend)
-        return [sequence.text_of(self.tokenizer, row) for row in rows]
+        return [" ".join(sequence.text_of(self.tokenizer, row).splitlines()) for row in rows]
 
 
 def run_settings(directory):
     """The settings that a run was trained with, from its config.json."""
     path = Path(directory) / "config.json"
     try:
-        return json.loads(path.read_text("utf-8"))["settings"]
-    except (OSError, ValueError, KeyError) as error:
+        settings = json.loads(path.read_text("utf-8"))["settings"]
+        if not isinstance(settings["model"], str):
+            raise TypeError("its model is no text")
+        return settings
+    except UNREADABLE as error:
         raise ValueError(f"got {directory}, which is no run ({type(error).__name__}); expected the "
                          "config.json that train.py writes in it; look into out/") from error
 
 
 def sources_in(path):
     """The sources of a file: its lines, or the "source" of each line where it is JSON lines."""
-    if not path.name.removesuffix(".gz").endswith(".jsonl"):
-        sources = [line for line in formats.read_text(path).split("\n") if line.strip()]
-    else:
-        sources = []
-        for number, row in formats.json_lines(path):
-            if not isinstance(row, dict) or not isinstance(row.get("source"), str):
-                raise ValueError(f"{path}, line {number}: got no \"source\", expected "
-                                 '{"source": "text"}; mend that line')
-            sources.append(row["source"])
-    if not sources:
+    if path.name.removesuffix(".gz").endswith(".jsonl"):
+        return [row["source"] for row in formats.read_jsonl(path, need=("source",))]
+    lines = [line.removesuffix("\r") for line in formats.read_text(path).rstrip().split("\n")]
+    if lines == [""]:
         raise ValueError(f"got {path}, which is empty; expected one source a line")
-    return sources
+    for number, line in enumerate(lines, 1):
+        if not line.strip():            # dropped, it would shift every text after it by one line
+            raise ValueError(f"{path}, line {number}: got a blank line, expected a source; "
+                             "delete it")
+    return lines
 
 
 def answer_file(speaker, settings):
@@ -246,11 +267,10 @@ def answer_file(speaker, settings):
     sources, texts = sources_in(Path(settings.input)), []
     for i in tqdm(range(0, len(sources), settings.batch_size), unit="batch", disable=None):
         texts += speaker.say(sources[i:i + settings.batch_size])
-    lines = texts
+    lines = "".join(f"{text}\n" for text in texts)
     if Path(settings.output).suffix == ".jsonl":
-        lines = [json.dumps({"source": s, "text": t}, ensure_ascii=False)
-                 for s, t in zip(sources, texts)]
-    lines = "".join(" ".join(line.splitlines()) + "\n" for line in lines)  # one line a source
+        lines = "".join(json.dumps({"source": s, "text": t}, ensure_ascii=False) + "\n"
+                        for s, t in zip(sources, texts))
     if not settings.output:
         sys.stdout.write(lines)
         return
@@ -264,6 +284,8 @@ def main(argv=None):
         raise ValueError("got a prompt and --input; expected one of them")
     if settings.output and not settings.input:
         raise ValueError("got --output without --input; expected both, or > FILE for one text")
+    if settings.output and Path(settings.output).exists() and not Path(settings.output).is_file():
+        raise ValueError(f"got --output {settings.output}, which is no file; give the name of one")
     speaker = Speaker(settings)
     if settings.input:
         answer_file(speaker, settings)

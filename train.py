@@ -1,4 +1,4 @@
-"""The loop: learn a prefix for a frozen language model. Li & Liang 2021, sections 4.2, 4.3 and 6.2.
+"""The loop: learn a prefix for a frozen language model. Li & Liang 2021: 3.3, 4.2, 4.3, 5.3.
 
     python train.py                                 bundled model and task, a minute on a laptop
     python train.py --model gpt2-medium --data e2e  the paper's run, with the paper's settings
@@ -11,11 +11,13 @@ it. Not here: what a prefix is (prefix.py), the other methods of the paper, scor
 """
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
 import platform
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -28,9 +30,11 @@ from tqdm import tqdm
 
 from data import sequence, tasks
 from model import UNREADABLE, attend, why
-from plumbing import flag, parse, run, whole_file
+from plumbing import flag, parse, whole_file
+from plumbing import run as run_program
 from prefix import Prefix, counts, keys_and_values, load_prefix, save_prefix
-from sample import find_attention, generate, open_model, run_settings
+from sample import (LINE_BREAKS, find_attention, generate, name_of_dtype, open_model,
+                    run_settings)
 
 # What a flag left out means, by data set: the paper's table 6, prefix-tuning with GPT-2. For the
 # bundled world: found on its own held-out kinds of things. Other files: E2E's, with the paper's
@@ -52,22 +56,30 @@ class Settings:
     data: str = flag("world", "world, world-hard, e2e, webnlg, dart, or a .jsonl file of your own")
     data_dir: str = flag("", "read the data set from here; left out: it is downloaded")
     method: str = flag("prefix", "what learns", choices=["prefix"])
-    prefix_len: int = flag(None, "P, keys and values in front of every layer", kind=int)
-    mid_dim: int = flag(512, "hidden width of the MLP in front of the prefix; 0: no MLP")
+    prefix_len: int = flag(None, "P, keys and values in front of every layer", kind=int,
+                           within=(1, 10 ** 6))
+    mid_dim: int = flag(512, "hidden width of the MLP in front of the prefix; 0: no MLP",
+                        within=(0, 10 ** 6))
     init: str = flag("random", "start from N(0, 1), from U(0, 1), or from what the model makes of "
                                "real words", choices=["random", "uniform", "words"])
     init_text: str = flag("table-to-text:", "the words of --init words; P is their length")
-    examples: int = flag(0, "learn from this many sources, drawn by the seed; 0: from all")
-    lr: float = flag(None, "highest learning rate", kind=float)
-    epochs: int = flag(None, "times that every pair is seen", kind=int)
-    steps: int = flag(None, "steps of the optimiser, in place of epochs", kind=int)
-    warmup: int = flag(0, "steps in which the learning rate rises; then it falls to 0 in a line")
-    batch_size: int = flag(None, "pairs in a step", kind=int)
-    clip: float = flag(1.0, "longest gradient; longer ones are scaled down to it")
-    weight_decay: float = flag(0.0, "AdamW's, on the prefix")
-    dev_every: int = flag(0, "steps between two looks at the dev loss; 0: a tenth of the run")
-    dev_pairs: int = flag(500, "pairs of the dev set that are scored then; 0: all")
-    seed: int = flag(101, "of the prefix, the order of the data and the choice of examples")
+    examples: int = flag(0, "learn from this many sources, drawn by the seed; 0: from all",
+                         within=(0, 10 ** 12))
+    lr: float = flag(None, "highest learning rate", kind=float, within=(1e-12, 1e30))
+    epochs: int = flag(None, "times that every pair is seen", kind=int, within=(1, 10 ** 6))
+    steps: int = flag(None, "steps of the optimiser, in place of epochs", kind=int,
+                      within=(1, 10 ** 12))
+    warmup: int = flag(0, "steps in which the learning rate rises; then it falls to 0 in a line",
+                       within=(0, 10 ** 12))
+    batch_size: int = flag(None, "pairs in a step", kind=int, within=(1, 10 ** 6))
+    clip: float = flag(1.0, "longest gradient; longer ones are scaled down", within=(1e-12, 1e30))
+    weight_decay: float = flag(0.0, "AdamW's, on the prefix", within=(0, 100))
+    dev_every: int = flag(0, "steps between two looks at the dev loss; 0: a tenth of the run",
+                          within=(0, 10 ** 12))
+    dev_pairs: int = flag(500, "pairs of the dev set that are scored then, a fixed sample; 0: all",
+                          within=(0, 10 ** 12))
+    seed: int = flag(101, "of the prefix, the order of the data and the choice of examples",
+                     within=(0, 10 ** 12))
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     dtype: str = flag("auto", "of the frozen weights, the prefix is fp32; auto: bf16 on a GPU that "
                               "has it, else fp32", choices=["auto", "fp32", "bf16", "fp64"])
@@ -75,7 +87,8 @@ class Settings:
                                       "needs a CUDA GPU and triton", choices=["explicit", "fused"])
     out: str = flag("", "directory of the run; left out: out/MODEL-DATA")
     resume: str = flag("", "directory of a run to go on with; its own settings are used")
-    stop_at: int = flag(0, "stop after this step as Ctrl-C would, to be resumed; 0: at the end")
+    stop_at: int = flag(0, "stop after this step as Ctrl-C would, to be resumed; 0: at the end",
+                        within=(0, 10 ** 12))
 
 
 # ---- batches: pairs of texts as tensors
@@ -119,7 +132,7 @@ def target_nats(model, prefix, ids, learn, attend=attend):
     # A token is predicted from the one before it. Only these positions see the vocabulary head: the
     # largest multiplication of a small GPT-2, and its largest activation.
     logits = model.head(hidden[learn[:, 1:]])                                               # (N, V)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))    # a softmax in bf16 is coarse
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))    # bf16 is too coarse
     return F.cross_entropy(logits, ids[:, 1:][learn[:, 1:]], reduction="sum")
 
 
@@ -139,14 +152,15 @@ def dev_loss(model, prefix, pairs, batch_size, attend=attend):
 
 def resolve(settings):
     """Fill in what was left out with the data set's defaults: config.json says everything."""
-    defaults = DEFAULTS.get(settings.data, DEFAULTS["your own .jsonl"])
-    for name, value in defaults.items():
-        if getattr(settings, name) is None and not (name == "epochs" and settings.steps):
+    if settings.steps and settings.epochs:
+        raise ValueError("got --steps and --epochs; expected one of them")
+    if settings.init == "words" and settings.prefix_len:
+        raise ValueError("got --prefix-len with --init words; expected one of them: the words of "
+                         "--init-text decide the length")
+    length_given = settings.steps or settings.epochs
+    for name, value in DEFAULTS.get(settings.data, DEFAULTS["your own .jsonl"]).items():
+        if getattr(settings, name) is None and not (length_given and name in ("steps", "epochs")):
             setattr(settings, name, value)
-    for name in ("prefix_len", "lr", "batch_size", "clip"):
-        if not getattr(settings, name) > 0:
-            raise ValueError(f"got --{name.replace('_', '-')} {getattr(settings, name)}; "
-                             "expected more than 0")
     if not settings.out:
         name = f"out/{Path(settings.model).name}-{Path(settings.data).name.removesuffix('.jsonl')}"
         free = (n for n in itertools.count(2) if not Path(f"{name}-{n}").exists())
@@ -159,7 +173,11 @@ def resolve(settings):
 
 def resumed(asked):
     """The settings of the run to go on with; of the new call only --device and --stop-at."""
-    settings = Settings(**run_settings(asked.resume))
+    try:
+        settings = Settings(**run_settings(asked.resume))
+    except TypeError as error:
+        raise ValueError(f"got {asked.resume}, whose config.json has other settings ({error}); "
+                         "expected those of this version of train.py; start a new run") from error
     for field in dataclasses.fields(Settings):
         if field.name in ("resume", "device", "stop_at"):
             setattr(settings, field.name, getattr(asked, field.name))
@@ -170,8 +188,8 @@ def resumed(asked):
     return settings
 
 
-def load_pairs(settings, tokenizer, room):
-    """The pairs to learn from and the dev pairs, at most `room` tokens each."""
+def load_examples(settings):
+    """The examples to learn from and those of the dev set, as text."""
     train = tasks.load(settings.data, "train", settings.data_dir or None)
     dev = tasks.load(settings.data, "dev", settings.data_dir or None)
     if settings.examples:
@@ -179,12 +197,20 @@ def load_pairs(settings, tokenizer, room):
             raise ValueError(f"got --examples {settings.examples}; expected at most {len(train)}, "
                              f"the sources of {settings.data}")
         train = random.Random(settings.seed).sample(train, settings.examples)
+    return train, dev
+
+
+def make_pairs(train, dev, settings, tokenizer, room):
+    """The pairs to learn from and the dev pairs to be scored, at most `room` tokens each."""
     train_pairs, note = sequence.encode_pairs(train, tokenizer, room)
     dev_pairs, dev_note = sequence.encode_pairs(dev, tokenizer, room)
     for part, text in (("train", note), ("dev", dev_note)):
         if text:
             print(f"{part}: {text}")
-    return train_pairs, dev_pairs[:settings.dev_pairs or None]
+    if 0 < settings.dev_pairs < len(dev_pairs):
+        # Not the first ones: files are sorted by name. Not by --seed: runs are to be comparable.
+        dev_pairs = random.Random(0).sample(dev_pairs, settings.dev_pairs)
+    return train_pairs, dev_pairs
 
 
 def make_prefix(settings, model, tokenizer):
@@ -198,18 +224,19 @@ def make_prefix(settings, model, tokenizer):
         raise ValueError(f"got a prefix of {settings.prefix_len}; expected less than the model's "
                          f"{model.config.n_positions} positions; lower --prefix-len")
     prefix = Prefix(model.config, settings.prefix_len, settings.mid_dim, init).to(device)
-    if settings.init == "words":
-        left = prefix.start_from(keys_and_values(model, words))
+    if settings.init == "words" and not settings.resume:
+        error = prefix.start_from(keys_and_values(model, words))
         print(f"prefix started from the {len(words)} tokens of {settings.init_text!r}; "
-              f"mean squared error left: {left:.4f}")
+              f"mean squared error left: {error:.4f} a number")
     return prefix
 
 
 class Run:
     """Everything that changes while learning, and the directory that keeps it."""
 
-    def __init__(self, settings, model, prefix, attend=attend):
+    def __init__(self, settings, model, prefix, data="", attend=attend):
         self.settings, self.model, self.prefix = settings, model, prefix
+        self.data = data                            # a name for the very pairs it learns from
         self.attend = attend                        # the function that --attention asks for
         self.directory = Path(settings.out)
         # Only the prefix is handed over: the optimiser could not touch the frozen model if it
@@ -238,23 +265,28 @@ class Run:
             state = torch.load(path, map_location=self.model.wte.weight.device, weights_only=True)
             if state["fingerprint"] != self.model.fingerprint:
                 raise ValueError("it was trained with other weights of the model")
+            if state["data"] != self.data:
+                raise ValueError("the data or its tokens have changed since")
             self.prefix.load_state_dict(state["prefix"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.best, self.first = state["step"], state["best"], state["first"]
+            log = self.directory / "log.jsonl"
+            lines = [line for line in log.read_text("utf-8").splitlines() if line.endswith("}")]
+            lines = [line for line in lines if json.loads(line)["step"] <= self.step]
         except UNREADABLE as error:
             raise ValueError(f"got {path}, which cannot be resumed ({why(error)}); expected what "
                              "train.py wrote there; start a new run") from error
-        log = self.directory / "log.jsonl"
-        lines = log.read_text("utf-8").splitlines() if log.exists() else []
         with whole_file(log, "w") as file:
-            file.writelines(f"{line}\n" for line in lines if line.endswith("}")
-                            and json.loads(line)["step"] <= self.step)
+            file.writelines(f"{line}\n" for line in lines)
+        for left_behind in self.directory.glob("*.tmp"):        # of a kill in the middle of a write
+            left_behind.unlink()
 
     def save(self):
         """Keep the state of this step in resume.pt."""
         with whole_file(self.directory / "resume.pt") as file:
-            torch.save({"fingerprint": self.model.fingerprint, "step": self.step, "best": self.best,
-                        "first": self.first, "prefix": self.prefix.state_dict(),
+            torch.save({"fingerprint": self.model.fingerprint, "data": self.data,
+                        "step": self.step, "best": self.best, "first": self.first,
+                        "prefix": self.prefix.state_dict(),
                         "optimizer": self.optimizer.state_dict()}, file)
 
     def log(self, **numbers):
@@ -287,10 +319,9 @@ class Run:
         """The dev loss now. A new best prefix is kept; then the whole state."""
         batch_size = max(16, self.settings.batch_size)
         loss = dev_loss(self.model, self.prefix, dev, batch_size, self.attend)
-        if self.step == 0:
-            self.first = loss
-        self.log(dev_loss=loss)
         self.check(loss)
+        self.first = loss if self.first is None else self.first
+        self.log(dev_loss=loss)
         if loss < self.best:
             self.best = loss
             save_prefix(self.directory / "prefix.pt", self.prefix.fold(), self.model)
@@ -299,9 +330,12 @@ class Run:
 
     def check(self, loss):
         if not math.isfinite(loss):
+            kept = "look at the model's weights"
+            if self.first is not None:
+                kept = (f"the last good prefix is kept in {self.directory / 'prefix.pt'}; start "
+                        "again with a lower --lr")
             raise ValueError(f"got a loss of {loss} at step {self.step}, expected a finite number; "
-                             f"the last good prefix is kept in {self.directory / 'prefix.pt'}; "
-                             "start again with a lower --lr")
+                             + kept)
 
 
 @contextlib.contextmanager
@@ -334,9 +368,10 @@ def learn(run, pairs, dev):
     epoch, nats, targets, seen, clock = None, 0.0, 0, 0, time.perf_counter()
     bar = tqdm(total=s.steps, initial=run.step, unit="step", disable=None)
     with stop_politely() as asked, bar:
-        shown = run.look(dev) if run.step == 0 else run.best
+        shown = run.look(dev) if run.first is None else run.best
         while run.step < s.steps:
-            if asked or run.step == s.stop_at > 0:
+            if asked or 0 < s.stop_at <= run.step:
+                run.check(float(nats))              # never keep a state that is lost
                 run.save()
                 return False
             if epoch != run.step // per_epoch:
@@ -361,32 +396,37 @@ def learn(run, pairs, dev):
 
 
 def show(run, tokenizer, pair):
-    """One table that was not learned from, and what is said to it: without the prefix and with it."""
+    """One table that was not learned from, and what is said to it, without the prefix and with."""
     prompt, target = pair.ids[:pair.start], sequence.text_of(tokenizer, pair.ids[pair.start:])
     source = sequence.text_of(tokenizer, prompt)
     print(f"\ntable      {source}")
+    banned = {token for text in LINE_BREAKS for token in tokenizer.encode_ordinary(text)}
     for name, prefix in (("no prefix", None),
                          ("prefix", load_prefix(run.directory / "prefix.pt", run.model))):
-        words = generate(run.model, [prompt], tokenizer.eot_token, prefix, max_new=60,
-                         attend=run.attend)[0]
+        words, = generate(run.model, [prompt], tokenizer.eot_token, prefix, banned=banned,
+                          attend=run.attend)
         print(f"{name:10} {' '.join(sequence.text_of(tokenizer, words).split())}")
-    print(f'a person   {target}\n\ndecode with: python sample.py --run {run.directory} "{source}"')
+    print(f"a person   {target}\n\ndecode with: python sample.py --run {run.directory} "
+          f"{shlex.quote(source)}")
 
 
 def main(argv=None):
     asked = parse(Settings, argv, "Learn a prefix for a frozen language model.", notes="\n".join(
         ["defaults by data set:"] + [f"  {d}: {v}" for d, v in DEFAULTS.items()]))
     settings = resumed(asked) if asked.resume else resolve(asked)
+    train_examples, dev_examples = load_examples(settings)
     model, tokenizer = open_model(settings.model, settings.device, settings.dtype)
+    settings.dtype = name_of_dtype(model.wte.weight.dtype)      # a resumed run keeps it
     attend = find_attention(settings.attention, model)
     prefix = make_prefix(settings, model, tokenizer)
     room = model.config.n_positions - settings.prefix_len
-    pairs, dev = load_pairs(settings, tokenizer, room)
+    pairs, dev = make_pairs(train_examples, dev_examples, settings, tokenizer, room)
     settings.steps = settings.steps or settings.epochs * math.ceil(len(pairs) / settings.batch_size)
     print(f"{settings.model}: {counts(prefix, model)}\n"
           f"{settings.data}: {len(pairs):,} pairs to learn from, {len(dev):,} dev pairs scored; "
           f"{settings.steps:,} steps of {settings.batch_size} -> {settings.out}")
-    run = Run(settings, model, prefix, attend)
+    data = hashlib.sha256(repr([(p.ids, p.start) for p in pairs + dev]).encode()).hexdigest()
+    run = Run(settings, model, prefix, data, attend)
     if settings.resume:
         run.restore()
     else:
@@ -401,4 +441,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -39,6 +39,9 @@ def parse_json(text, path, line=1):
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {line + error.lineno - 1}: got no JSON ({error.msg}, "
                          f"column {error.colno}), expected JSON; mend that line") from error
+    except (ValueError, RecursionError) as error:       # a number or a nesting without end
+        raise ValueError(f"{path}, line {line}: got JSON that cannot be read ({error}), expected "
+                         "text in a few levels; mend that line") from error
 
 
 def json_lines(path):
@@ -168,6 +171,9 @@ def read_dart(path):
         entries = [(f"{path}, line {number}", entry) for number, entry in json_lines(path)]
     else:
         data = parse_json(read_text(path), path)
+        if not isinstance(data, list):
+            raise ValueError(f"{path}: got a {type(data).__name__}, expected a list of entries; "
+                             "take the official file")
         entries = [(f"{path}, entry {number}", entry) for number, entry in enumerate(data, 1)]
     rows = []
     for where, entry in entries:

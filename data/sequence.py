@@ -66,8 +66,8 @@ def encode_pairs(examples, tokenizer, room):
             cut += over > 0
             pairs.append(Pair(head + target, len(head)))
     if not pairs:
-        raise ValueError(f"got {refused} pairs, every one with a target too long for {room} tokens; "
-                         "expected at least one that fits; shorten the targets or the prefix")
+        raise ValueError(f"got {refused} pairs, every one with a target too long for {room} "
+                         "tokens; expected one that fits; shorten the targets or the prefix")
     if not cut and not refused:
         return pairs, ""
     return pairs, (f"{cut} of {len(pairs) + refused} pairs had the end of their source cut to fit "

@@ -1,4 +1,4 @@
-"""What the tests share: small random models on disk, a tokenizer that knows bytes only, real data."""
+"""What the tests share: small random models, a tokenizer that knows bytes only, real data."""
 import base64
 import os
 import sys
@@ -17,7 +17,7 @@ from model import GPT2, GPT2Config, save  # noqa: E402
 
 
 def random_gpt2(vocab_size=257, n_positions=64, n_embd=24, n_layer=3, n_head=4, seed=0):
-    """A frozen GPT-2 in float64 whose weights are far from their initial values, biases included."""
+    """A frozen GPT-2 in float64, its weights and biases far from their initial values."""
     torch.manual_seed(seed)
     model = GPT2(GPT2Config(vocab_size, n_positions, n_embd, n_layer, n_head)).double()
     for parameter in model.parameters():

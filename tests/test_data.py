@@ -169,7 +169,9 @@ def test_dart_lowers_the_relation_only_and_keeps_equal_entries_apart(tmp_path, f
 
 @pytest.mark.parametrize("file, text, told", [
     ("dart-v1.1.1-full-dev.json", '[{"tripleset": [["a", "b"]], "annotations": []}]', "entry 1:"),
-    ("dart-v1.1.1-full-dev.json", '{"tripleset": []}', "entry 1:"),
+    ("dart-v1.1.1-full-dev.json", '{"tripleset": []}', "got a dict"),
+    ("dart-v1.1.1-full-dev.json", "null", "got a NoneType"),
+    ("dart-v1.1.1-full-dev.json", "[" * 100_000, "line 1: got JSON that cannot be read"),
     ("dart-v1.1.1-full-dev.jsonl", jsonl(DART_ENTRIES[0], {"triples": []}), "line 2:"),
     ("dart-v1.1.1-full-dev.jsonl", "", "got no example"),
     ("dart-v1.1.1-full-dev.json", "", "line 1: got no JSON"),

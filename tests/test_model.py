@@ -19,10 +19,10 @@ def tensors(B=3, H=2, T=5, S=5, P=4, D=6, prefixes=1):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("T, S, P, prefixes", [(5, 5, 4, 1), (5, 5, 0, 1), (1, 9, 3, 1), (4, 7, 9, 3),
-                                               (6, 6, 6, 1), (2, 2, 11, 3)])
+@pytest.mark.parametrize("T, S, P, prefixes", [(5, 5, 4, 1), (5, 5, 0, 1), (1, 9, 3, 1),
+                                               (4, 7, 9, 3), (6, 6, 6, 1), (2, 2, 11, 3)])
 def test_attention_with_a_prefix_is_attention_over_more_keys(T, S, P, prefixes, causal):
-    """Would catch: a wrong scale, the triangle in the wrong corner, a prefix gradient not summed."""
+    """Would catch: a wrong scale, a triangle in the wrong corner, a gradient not summed."""
     ours = tensors(T=T, S=S, P=P, prefixes=prefixes)
     real = torch.rand(3, P + S) < 0.7
     real[:, 0] = True                                       # a first key for everybody
@@ -44,7 +44,7 @@ def test_attention_with_a_prefix_is_attention_over_more_keys(T, S, P, prefixes, 
 
 
 def test_attention_is_a_mixture_of_prefix_and_text():
-    """He et al. 2022: lam attend(q, prefix) + (1 - lam) attend(q, text), lam the prefix's softmax weight.
+    """lam attend(q, prefix) + (1 - lam) attend(q, text), lam the softmax weight of the prefix.
 
     Would catch: prefix keys that meet another scale or another mask than the text's.
     """
@@ -57,6 +57,16 @@ def test_attention_is_a_mixture_of_prefix_and_text():
     lam = scores.softmax(-1)[..., :4].sum(-1, keepdim=True)
     whole = attend(q, k, v, pk, pv, everything, causal=True)
     assert (whole - (lam * prefix + (1 - lam) * text)).abs().max() < EXACT
+
+
+def test_a_key_that_is_hidden_stays_hidden_however_well_it_fits():
+    """Scores of 1e5 in favour of the future. Would catch: a mask of -1e4, which they outweigh."""
+    q, k, v, _, _ = tensors()
+    none = q.new_empty(1, 2, 0, 6)
+    k = torch.cat((k[:, :, :2], 1e5 * q[:, :, 1:2].expand(-1, -1, 3, -1)), 2)
+    out = attend(q, k, v, none, none, torch.ones(3, 5, dtype=torch.bool), causal=True)
+    alone = attend(q[:, :, :2], k[:, :, :2], v[:, :, :2], none, none, torch.ones(3, 2) > 0, True)
+    assert (out[:, :, :2] - alone).abs().max() < EXACT
 
 
 def test_a_query_that_may_look_nowhere_gets_zero():
@@ -92,7 +102,7 @@ def test_padding_is_invisible(model, side, P):
     """Would catch: padding that is looked at, or that shifts the positions of the text."""
     prefix = torch.randn(3, 2, 1, 4, P, 6, dtype=torch.float64)
     texts = [torch.randint(257, (n,)) for n in (9, 4, 1)]
-    ids, real = torch.randint(257, (3, 9)), torch.zeros(3, 9, dtype=torch.bool)     # noise as padding
+    ids, real = torch.randint(257, (3, 9)), torch.zeros(3, 9, dtype=torch.bool)   # noise
     where = [slice(9 - len(t), 9) if side == "left" else slice(0, len(t)) for t in texts]
     for row, (text, place) in enumerate(zip(texts, where)):
         ids[row, place], real[row, place] = text, True
@@ -104,7 +114,7 @@ def test_padding_is_invisible(model, side, P):
 
 
 def test_many_prefixes_in_one_batch_are_each_alone(model):
-    """Would catch: a row that sees another row's prefix, or whose text starts at another's length."""
+    """Would catch: a row that sees another's prefix, or whose text starts at its length."""
     lengths = (5, 2, 0)
     prefixes = [torch.randn(3, 2, 1, 4, P, 6, dtype=torch.float64) for P in lengths]
     together, real = torch.randn(3, 2, 3, 4, 5, 6, dtype=torch.float64), torch.ones(3, 13) > 0
@@ -119,7 +129,7 @@ def test_many_prefixes_in_one_batch_are_each_alone(model):
 
 @pytest.mark.parametrize("cuts", [(1, 2, 3, 4, 5, 6, 7, 8), (4,), (8,)])
 def test_reading_in_pieces_is_reading_at_once(model, cuts):
-    """Would catch: a cache that stores the wrong column, or queries placed at the wrong end of it."""
+    """Would catch: a cache that stores the wrong column, or queries at the wrong end of it."""
     ids, prefix = torch.randint(257, (2, 9)), torch.randn(3, 2, 1, 4, 5, 6, dtype=torch.float64)
     cache, start, pieces = Cache(model, 2, 9), 0, []
     for end in (*cuts, 9):
@@ -140,7 +150,7 @@ def test_too_many_tokens_are_refused(model):
 
 
 def test_a_saved_model_comes_back_frozen_and_the_same(model, tmp_path):
-    """Would catch: weights lost or rounded on the way, or a model that comes back ready to learn."""
+    """Would catch: weights lost or rounded on the way, a model that comes back ready to learn."""
     save(model, tmp_path)
     again = load(tmp_path, dtype=torch.float64)
     for name, tensor in model.state_dict().items():
@@ -157,12 +167,21 @@ def test_the_fingerprint_knows_every_number(model):
     assert fingerprint(model) != before
 
 
+def test_the_fingerprint_knows_names_and_shapes():
+    """Would catch: two models of other shapes under one name because their bytes agree."""
+    one, two = torch.nn.Linear(2, 6, bias=False), torch.nn.Linear(6, 2, bias=False)
+    two.weight.data = one.weight.data.reshape(2, 6).clone()
+    assert fingerprint(one) != fingerprint(two)
+
+
 @pytest.mark.parametrize("damage, words", [
     (lambda d: (d / "model.pt").unlink(), "no model.pt"),
     (lambda d: (d / "config.json").unlink(), "no config.json"),
     (lambda d: (d / "config.json").write_text("{"), "do not fit"),
     (lambda d: (d / "model.pt").write_bytes((d / "model.pt").read_bytes()[:5000]), "do not fit"),
     (lambda d: (d / "model.pt").write_bytes(b"hello"), "do not fit"),
+    (lambda d: torch.save(random_gpt2(seed=1).state_dict(), d / "model.pt"), "other weights"),
+    (lambda d: torch.save({1: 2}, d / "model.pt"), "do not fit"),
     (lambda d: rewrite(d, architecture="bert"), "do not fit.*bert"),
     (lambda d: rewrite(d, config={"n_layer": 2, "n_embd": 24, "n_head": 4}), "do not fit"),
 ])

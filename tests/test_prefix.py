@@ -14,8 +14,8 @@ EXACT = 1e-10       # float64 sums in another order: about 1e-15 of numbers of o
 def test_a_prefix_made_of_words_is_those_words(model):
     """The keys and values of real tokens, as a prefix, give the logits of those tokens as a prompt.
 
-    Would catch: text that does not start at position P, a mask that hides part of the prefix, keys and
-    values that are swapped or belong to another layer.
+    Would catch: text that does not start at position P, a mask that hides part of the prefix, keys
+    and values that are swapped or belong to another layer.
     """
     words, text = [5, 200, 31, 7], torch.randint(257, (3, 11))
     prompt = torch.cat((torch.tensor([words] * 3), text), 1)
@@ -33,8 +33,18 @@ def test_folding_changes_nothing(model, mid_dim):
     assert not prefix.fold().requires_grad and prefix().requires_grad
 
 
+def test_theta_is_a_table_and_an_mlp_with_one_tanh(model):
+    """Section 4.3, written out. Would catch: another activation, or a layer too many."""
+    prefix = Prefix(model.config, 5, 16)
+    (W, b), (U, c) = ((layer.weight, layer.bias) for layer in (prefix.mlp[0], prefix.mlp[2]))
+    flat = torch.tanh(prefix.table @ W.T + b) @ U.T + c                     # (P, 2LC)
+    assert torch.allclose(prefix()[1, 0, 0, 2, :, 3], flat[:, ((2 * 1 + 0) * 4 + 2) * 6 + 3],
+                          rtol=1e-5)                                        # fp32 sums of 24 terms
+    assert W.shape == (16, 24) and U.shape == (2 * 3 * 24, 16)
+
+
 def test_the_columns_stand_in_the_official_order(model):
-    """Column ((2 layer + {K: 0, V: 1}) H + head) D + i. Would catch: files that PEFT reads as noise."""
+    """Column ((2 layer + {K: 0, V: 1}) H + head) D + i. Would catch: files PEFT cannot read."""
     prefix = Prefix(model.config, 5, mid_dim=0)
     kv, H, D = prefix(), 4, 6
     for layer, which, head, i in ((0, 0, 0, 0), (2, 1, 3, 5), (1, 0, 2, 4), (0, 1, 1, 0)):
@@ -64,13 +74,16 @@ def test_without_an_mlp_words_are_started_from_exactly(model):
 
 
 def test_with_an_mlp_words_are_approached(model):
-    """Would catch: a fit that moves away from its target, or that is not seeded by the words at all."""
+    """Would catch: a fit that moves away from its target, or that ignores the words."""
     torch.manual_seed(0)
     words = keys_and_values(model, [72, 101, 121])
     prefix = Prefix(model.config, 3, mid_dim=32)
     before = (prefix() - words).square().mean().item()
     left = prefix.start_from(words, lr=1e-2)
     assert left < 0.01 * before
+    again = Prefix(model.config, 3, mid_dim=32)
+    before = (again() - words).square().mean().item()
+    assert again.start_from(words) < before         # with the official 500 steps of 1e-4
     assert left == pytest.approx((prefix() - words).square().mean().item(), rel=1e-4)   # fp32
 
 
@@ -105,11 +118,11 @@ def test_a_prefix_is_kept_and_comes_back(model, tmp_path):
     save_prefix(tmp_path / "prefix.pt", folded, model)
     again = load_prefix(tmp_path / "prefix.pt", model)
     assert torch.equal(again, folded.double()) and not again.requires_grad
-    assert (tmp_path / "prefix.pt").stat().st_size < 4 * folded.numel() + 4096      # fp32, and no MLP
+    assert (tmp_path / "prefix.pt").stat().st_size < 4 * folded.numel() + 4096  # fp32, no MLP
 
 
 def test_a_prefix_of_another_model_is_refused(model, tmp_path):
-    """Would catch: fluent nonsense, the only sign of a prefix on the wrong model of the same shape."""
+    """Would catch: fluent nonsense, the only sign of a prefix on the wrong model."""
     save_prefix(tmp_path / "prefix.pt", Prefix(model.config, 5, 16).fold(), model)
     with pytest.raises(ValueError, match="'random 0', expected one for .*'random 1'"):
         load_prefix(tmp_path / "prefix.pt", random_gpt2(seed=1))
@@ -120,7 +133,8 @@ class Trap:
         return (print, ("this must never run",))
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", pickle.dumps(Trap(), 2), pickle.dumps({"a": 1}, 2)])
+@pytest.mark.parametrize("content", [b"", b"hello", pickle.dumps(Trap(), 2),
+                                     pickle.dumps({"a": 1}, 2)])  # a dict of no tensors
 def test_a_file_that_is_no_prefix_is_refused(model, tmp_path, content, capsys):
     """Would catch: a traceback, or code in a pickle that is run."""
     (tmp_path / "prefix.pt").write_bytes(content)

@@ -38,14 +38,14 @@ def recomputed(model, prompt, prefix, max_new, choose):
 
 
 def test_cached_decoding_is_recomputation(model, prompts, prefix):
-    """Token for token, in a ragged batch. Would catch: a cache, mask or position that is off by one,
-    a short prompt that sees its padding, a prefix that is there in the first step only.
+    """Token for token, in a ragged batch. Would catch: a cache, mask or position off by one, a
+    short prompt that sees its padding, a prefix that is there in the first step only.
     """
     for given in (None, prefix):
         together = generate(model, prompts, EOS, given, max_new=30)
         for prompt, said in zip(prompts, together):
             assert said == recomputed(model, prompt, given, 30, choose)
-    assert together != generate(model, prompts, EOS, None, max_new=30)      # the prefix does something
+    assert together != generate(model, prompts, EOS, None, max_new=30)  # the prefix does something
 
 
 def test_sampled_cached_decoding_is_recomputation(model, prompts, prefix):
@@ -53,7 +53,8 @@ def test_sampled_cached_decoding_is_recomputation(model, prompts, prefix):
     for prompt in prompts:
         def draw(logits, generator):
             return choose(logits, 1.3, 50, 0.9, generator)
-        one, two = (functools.partial(draw, generator=torch.Generator().manual_seed(6)) for _ in "ab")
+        one, two = (functools.partial(draw, generator=torch.Generator().manual_seed(6))
+                    for _ in range(2))
         assert (generate(model, [prompt], EOS, prefix, max_new=30, choose=one)[0]
                 == recomputed(model, prompt, prefix, 30, two))
 
@@ -89,13 +90,13 @@ def test_banned_tokens_are_never_said(model, prompts, prefix):
 
 
 def test_decoding_stops_where_the_positions_end(model, prefix):
-    """64 positions, P = 5, a prompt of 50: 9 tokens. Would catch: an error after minutes of work."""
+    """64 positions, P = 5, a prompt of 50: 9 tokens. Would catch: an error after long work."""
     row, = generate(model, [[1] * 50], EOS, prefix, max_new=100, min_new=100)
     assert len(row) == 9
 
 
 def test_temperature_zero_is_the_likeliest_and_one_the_distribution():
-    """Frequencies of 20,000 draws within 5 standard errors. Would catch: a temperature upside down."""
+    """20,000 draws within 5 standard errors. Would catch: a temperature upside down."""
     logits, generator = torch.tensor([[0.0, 1.0, 2.0, -3.0]]), torch.Generator().manual_seed(7)
     assert choose(logits).tolist() == [2]
     for temperature, top_k, top_p in ((1.0, 0, 1.0), (2.0, 0, 1.0), (1.0, 2, 1.0), (1.0, 0, 0.7)):
@@ -118,8 +119,9 @@ def trained(tmp_path_factory, model_directory):
     with open(folder / "tiny.jsonl", "w") as file:
         for i in range(40):
             file.write(json.dumps({"source": f"n : {i}", "target": f"it is {i}"}) + "\n")
-    train.main(["--model", str(model_directory), "--data", str(folder / "tiny.jsonl"), "--lr", "1e-2",
-                "--steps", "20", "--device", "cpu", "--out", str(folder / "out"), "--mid-dim", "16"])
+    train.main(["--model", str(model_directory), "--data", str(folder / "tiny.jsonl"),
+                "--lr", "1e-2", "--steps", "20", "--device", "cpu", "--out", str(folder / "out"),
+                "--mid-dim", "16"])
     return str(folder / "out")
 
 
@@ -165,8 +167,33 @@ def test_the_frozen_model_goes_on_with_a_text(trained, model_directory, capsys):
 
 def test_the_seed_decides_what_is_drawn(trained, capsys):
     """Would catch: a generator that is not seeded, or not used."""
-    draw = functools.partial(said, capsys, "--run", trained, "--temperature", "1.5", "n : 3", "--seed")
+    draw = functools.partial(said, capsys, "--run", trained, "--temperature", "1.5", "n : 3",
+                             "--seed")
     assert draw("1") == draw("1") != draw("2")
+
+
+def test_the_flags_reach_the_decoder(trained, model_directory, capsys):
+    """Would catch: a flag that is read and then forgotten."""
+    one = functools.partial(said, capsys, "--run", trained, "n : 3")
+    greedy = one()
+    assert one("--temperature", "9", "--top-k", "1") == greedy != one("--temperature", "9")
+    assert one("--temperature", "9", "--top-p", "1e-9") == greedy
+    assert "i" in greedy and "i" not in one("--ban", "i")
+    short, long = (sample.Settings(run=trained, min_new=n, max_new=12, device="cpu")
+                   for n in (0, 12))
+    end = sample.Speaker(long).say(["n : 3"])[0]
+    assert len(end) >= len(sample.Speaker(short).say(["n : 3"])[0])
+    assert sample.Speaker(short).banned == [10]                         # the line break
+    assert sample.Speaker(sample.Settings(model=str(model_directory), device="cpu")).banned == []
+
+
+def test_prompts_that_cannot_be_gone_on_with_are_refused(model, prefix):
+    """Would catch: an empty answer in silence, or a row that goes on from its padding."""
+    for prompts in ([], [[]], [[], [1, 2]]):
+        with pytest.raises(ValueError, match="got an empty prompt, or none"):
+            generate(model, prompts, EOS, prefix)
+    with pytest.raises(ValueError, match="got a prefix of 5 and a prompt of 59 tokens"):
+        generate(model, [[1] * 59], EOS, prefix)
 
 
 def test_a_source_that_is_too_long_is_cut_aloud(trained, capsys):
@@ -180,11 +207,16 @@ def test_a_source_that_is_too_long_is_cut_aloud(trained, capsys):
     (["--run", "RUN", "--model", "gpt2"], "got both of --run and --model"),
     (["--run", "nowhere", "x"], "got nowhere, which is no run"),
     (["--model", "gpt2-smal", "x"], "got the model 'gpt2-smal'.*did you mean gpt2"),
-    (["--run", "RUN", "x", "--top-p", "0"], "got temperature 0.0, top-k 0, top-p 0.0"),
+    (["--run", "RUN", "x", "--top-p", "0"], "got --top-p 0.0; expected a number from"),
     (["--run", "RUN", "x", "--max-new", "60"], "leaves no room for a source"),
     (["--run", "RUN", "--input", "empty.txt"], "got empty.txt, which is empty"),
     (["--run", "RUN", "--input", "absent.txt"], "absent.txt"),
-    (["--run", "RUN", "--input", "bad.jsonl"], 'bad.jsonl, line 2: got no "source"'),
+    (["--run", "RUN", "--input", "gap.txt"], "gap.txt, line 2: got a blank line"),
+    (["--run", "RUN", "--input", "bad.jsonl", "--output", "."], "got --output ., which is no file"),
+    (["--run", "RUN", "x", "--max-new", "-5"], "got --max-new -5; expected a number from 1"),
+    (["--run", "RUN", "x", "--temperature", "nan"], "got --temperature nan"),
+    (["--run", "RUN", "x", "--device", "meta"], "got --device meta, which PyTorch cannot use"),
+    (["--run", "RUN", "--input", "bad.jsonl"], 'bad.jsonl, line 2: got the keys sauce'),
     (["--run", "RUN", "--input", "latin.txt"], "latin.txt, line 1: got the byte 0xe9"),
     (["--run", "RUN", "x", "--output", "o.txt"], "got --output without --input"),
     (["--run", "RUN", "x", "--input", "empty.txt"], "got a prompt and --input"),
@@ -194,6 +226,7 @@ def test_a_mistake_is_told_in_one_sentence(trained, arguments, words, tmp_path, 
     """Would catch: a traceback, or an output file that is begun and not finished."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "gap.txt").write_text("n : 1\n\nn : 2\n")
     (tmp_path / "bad.jsonl").write_text('{"source": "x"}\n{"sauce": "y"}\n')
     (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
     with pytest.raises((ValueError, OSError), match=words):

@@ -36,7 +36,7 @@ def some_run(model, mid_dim=16, **settings):
 def test_only_the_prefix_learns(model):
     """Every frozen weight is bit-identical after training, has no gradient and no optimiser state.
 
-    Would catch: a weight left trainable, an optimiser that decays frozen weights, a gradient buffer.
+    Would catch: a weight left trainable, an optimiser that decays frozen weights, a buffer.
     """
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     run = some_run(model, weight_decay=0.1)
@@ -57,7 +57,7 @@ def test_only_the_prefix_learns(model):
 def test_the_gradient_of_the_prefix_is_the_slope_of_the_loss():
     """Finite differences, in float64, through the whole model, to theta and its MLP.
 
-    Would catch: a prefix that is detached in one layer, or a gradient summed over the wrong dimension.
+    Would catch: a prefix detached in one layer, a gradient summed over the wrong dimension.
     """
     model = random_gpt2(vocab_size=17, n_positions=16, n_embd=4, n_layer=2, n_head=2)
     pairs = [Pair([3, 5, 7, 2, 16], 2), Pair([1, 16, 4], 1)]
@@ -72,8 +72,13 @@ def test_the_gradient_of_the_prefix_is_the_slope_of_the_loss():
 
 
 def saved_for_backward(model, step):
-    """Which inputs of the model's linear layers autograd keeps while `step` runs: a set of names."""
+    """The names of the linear layers whose input autograd keeps while `step` runs."""
     inputs, saved = {}, []          # the tensors themselves, so that no address is used twice
+    def head(hidden):               # no module: its weight is the word embedding
+        inputs["head"] = hidden
+        return type(model).head(model, hidden)
+
+    model.head = head
     hooks = [layer.register_forward_pre_hook(
                  lambda layer, args, name=name: inputs.update({name: args[0]}))
              for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
@@ -81,19 +86,20 @@ def saved_for_backward(model, step):
         step()
     for hook in hooks:
         hook.remove()
+    del model.head
     kept = {t.data_ptr() for t in saved}
     return {name for name, tensor in inputs.items() if tensor.data_ptr() in kept}
 
 
 def test_nothing_is_kept_that_only_a_weight_gradient_needs(model):
-    """The input of a linear layer is needed for its weight's gradient alone; a frozen layer keeps none.
+    """Only the gradient of its weight needs a linear layer's input; a frozen one keeps none.
 
-    Would catch: activations stored for weights that do not learn, most of the memory of fine-tuning.
+    Would catch: activations stored for weights that do not learn.
     """
     prefix, batch = Prefix(model.config, 5, 16).double(), collate(some_pairs(4), "cpu")
     assert saved_for_backward(model, lambda: target_nats(model, prefix(), *batch)) == set()
-    model.requires_grad_(True)      # the control: fine-tuning keeps the input of all 12 of them
-    assert len(saved_for_backward(model, lambda: target_nats(model, prefix(), *batch))) == 12
+    model.requires_grad_(True)      # the control: fine-tuning keeps all 12 inputs, and the head's
+    assert len(saved_for_backward(model, lambda: target_nats(model, prefix(), *batch))) == 13
 
 
 def test_the_mlp_runs_once_per_step(model):
@@ -127,6 +133,35 @@ def test_long_targets_weigh_more(model):
     assert torch.allclose(seen[0], expected, rtol=1e-10)
 
 
+def test_the_dev_loss_is_the_mean_over_all_target_tokens(model):
+    """Would catch: a mean of means, or pairs that are left out at the end of a batch."""
+    pairs, prefix = some_pairs(11), Prefix(model.config, 5, 16).double()
+    nats = sum(target_nats(model, prefix(), *collate([pair], "cpu")).item() for pair in pairs)
+    tokens = sum(len(pair.ids) - pair.start for pair in pairs)
+    assert train.dev_loss(model, prefix, pairs, 4) == pytest.approx(nats / tokens, rel=1e-12)
+
+
+def test_a_long_gradient_is_cut_to_its_length(model):
+    """Would catch: clipping that is left out, or done after the step."""
+    run, norms = some_run(model, clip=0.5), []
+    run.optimizer.register_step_pre_hook(lambda *_: norms.append(torch.stack(
+        [p.grad.norm() for p in run.prefix.parameters()]).norm().item()))
+    run.update(*collate(some_pairs(4), "cpu"))
+    assert norms == [pytest.approx(0.5, rel=1e-5)]      # clip_grad_norm_ divides by norm + 1e-6
+
+
+@pytest.mark.parametrize("data, lr, epochs, batch_size, prefix_len", [
+    ("e2e", 8e-5, 5, 10, 5), ("webnlg", 5e-5, 5, 5, 5), ("dart", 5e-5, 10, 5, 10)])
+def test_what_is_left_out_is_what_the_paper_did(data, lr, epochs, batch_size, prefix_len, tmp_path):
+    """Table 6 of the paper. Would catch: a default that drifts away from it."""
+    s = train.resolve(Settings(data=data, out=str(tmp_path / "new")))
+    assert (s.lr, s.epochs, s.batch_size, s.prefix_len) == (lr, epochs, batch_size, prefix_len)
+    assert (s.steps, s.mid_dim, s.clip, s.weight_decay, s.warmup) == (None, 512, 1, 0, 0)
+    assert s.seed == 101                                # the official code's
+    s = train.resolve(Settings(data="world", epochs=3, out=str(tmp_path / "new")))
+    assert (s.epochs, s.steps) == (3, None)             # asked for: the world's own steps give way
+
+
 def test_every_epoch_sees_every_pair_once_in_another_order():
     """Would catch: pairs lost at the end of a pool, or an order that never changes."""
     pairs = [Pair([0] * (1 + i * 7 % 40), 1) for i in range(1234)]
@@ -146,7 +181,7 @@ def test_a_batch_holds_similar_lengths():
 
 
 def test_the_learning_rate_rises_and_falls_in_lines(model):
-    """Would catch: a rate that starts or ends at the wrong step. It is 0 after the last step only."""
+    """Would catch: a rate that starts or ends a step off. It is 0 after the last step only."""
     run, rates = some_run(model, lr=8.0, steps=8, warmup=0), []
     for run.step in range(9):
         rates.append(run.learning_rate())
@@ -166,7 +201,7 @@ def test_frozen_weights_may_be_bf16_while_the_prefix_is_fp32(model):
     assert all(math.isfinite(x) for x in loss)
     assert all(p.dtype == torch.float32 for p in run.prefix.parameters())
     moved = (run.prefix.table - before).abs()
-    assert 0 < moved.max() < 1e-4           # steps of 1e-5, which bf16 could not add to numbers near 1
+    assert 0 < moved.max() < 1e-4   # steps of 1e-5: bf16 would have rounded them away
 
 
 # ---- runs on disk
@@ -182,8 +217,9 @@ def task(tmp_path, monkeypatch, model_directory):
     with open("tiny.jsonl", "w") as file:
         for i in range(40):
             file.write(json.dumps({"source": f"n : {i}", "target": f"it is {i}"}) + "\n")
-    return ["--model", str(model_directory), "--data", "tiny.jsonl", "--device", "cpu", "--lr", "1e-2",
-            "--steps", "10", "--batch-size", "4", "--dev-every", "2", "--mid-dim", "16"]
+    return ["--model", str(model_directory), "--data", "tiny.jsonl", "--device", "cpu",
+            "--lr", "1e-2", "--steps", "10", "--batch-size", "4", "--dev-every", "2",
+            "--mid-dim", "16"]
 
 
 def same_state(a, b):
@@ -227,12 +263,12 @@ train.main(sys.argv[3:])
 """
 
 
-@pytest.mark.parametrize("write", [6, 7])       # a prefix.pt and a resume.pt in the middle of the run
+@pytest.mark.parametrize("write", [6, 7])   # a prefix.pt and a resume.pt in the middle
 def test_a_kill_in_the_middle_of_a_write_loses_nothing(task, tmp_path, write):
     """Would catch: half a file under the name of a whole one, or a log that tells a step twice."""
     train.main([*task, "--out", "whole"])
-    died = subprocess.run([sys.executable, "-c", KILLED, ROOT, str(write), *task, "--out", "killed"],
-                          capture_output=True)
+    died = subprocess.run([sys.executable, "-c", KILLED, ROOT, str(write), *task,
+                           "--out", "killed"], capture_output=True)
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()
     assert 0 < torch.load("killed/resume.pt", weights_only=True)["step"] < 10
     train.main(["--resume", "killed"])
@@ -272,9 +308,45 @@ def test_the_best_prefix_is_kept_and_the_run_describes_itself(task, tmp_path, ca
     assert state["best"] == min(dev)
 
 
+def test_a_prefix_that_gets_worse_is_not_kept(task, tmp_path):
+    """Would catch: the last prefix in place of the best."""
+    task[task.index("1e-2")] = "1"
+    train.main([*task, "--steps", "40", "--out", "run"])
+    dev = [x["dev_loss"] for x in lines(tmp_path / "run/log.jsonl") if "dev_loss" in x]
+    assert min(dev) < min(dev[-1], dev[0]), "the learning rate was to be too high"
+    model, tokenizer = train.open_model(task[1], "cpu", "fp32")
+    settings = Settings(**train.run_settings("run"))
+    _, pairs = train.make_pairs(*train.load_examples(settings), settings, tokenizer, 59)
+    prefix = load_prefix("run/prefix.pt", model)
+    nats = sum(target_nats(model, prefix, *collate([pair], "cpu")).item() for pair in pairs)
+    kept = nats / sum(len(pair.ids) - pair.start for pair in pairs)
+    assert kept == pytest.approx(min(dev), rel=1e-5)    # fp32, other batches
+
+
+def test_a_run_from_words_is_resumed_too(task, tmp_path):
+    """Would catch: a second fit of the words, or a prefix of another length after resuming."""
+    words = ["--init", "words", "--init-text", "table-to-text:"]
+    train.main([*task, *words, "--out", "whole"])
+    train.main([*task, *words, "--out", "parts", "--stop-at", "5"])
+    train.main(["--resume", "parts", "--stop-at", "3"])         # already passed: nothing is done
+    assert torch.load("parts/resume.pt", weights_only=True)["step"] == 5
+    train.main(["--resume", "parts"])
+    same_state(tmp_path / "whole", tmp_path / "parts")
+    assert torch.load("whole/prefix.pt", weights_only=True)["prefix"].size(4) == 15     # bytes
+
+
+def test_other_data_cannot_be_gone_on_with(task):
+    """Would catch: a run that goes on with another order of other pairs as if nothing were."""
+    train.main([*task, "--out", "run", "--stop-at", "4"])
+    with open("tiny.jsonl", "a") as file:
+        file.write('{"source": "new", "target": "pair"}\n')
+    with pytest.raises(ValueError, match="the data or its tokens have changed"):
+        train.main(["--resume", "run"])
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(task, tmp_path):
     """Would catch: hours of training on NaN, and a good prefix overwritten by it."""
-    with pytest.raises(ValueError, match="got a loss of nan at step .*last good prefix.*lower --lr"):
+    with pytest.raises(ValueError, match="got a loss of nan at step .*good prefix.*lower --lr"):
         train.main([*task, "--out", "run", "--lr", "1e20", "--mid-dim", "0", "--clip", "1e30"])
     saved = torch.load("run/prefix.pt", weights_only=True)
     assert saved["prefix"].isfinite().all()
@@ -286,9 +358,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(task, tmp_path):
     (["--method", "prefx"], "invalid choice: 'prefx'"),
     (["--prefxi-len", "3"], "unknown argument '--prefxi-len'; did you mean --prefix-len"),
     (["--batch-size", "many"], "invalid int value: 'many'"),
-    (["--lr", "-1"], "got --lr -1.0; expected more than 0"),
+    (["--lr", "-1"], "got --lr -1.0; expected a number from"),
     (["--prefix-len", "60"], "too long for 4 tokens"),
     (["--prefix-len", "70"], "got a prefix of 70; expected less than the model's 64 positions"),
+    (["--steps", "0"], "got --steps 0; expected a number from 1"),
+    (["--epochs", "2"], "got --steps and --epochs"),
+    (["--init", "words", "--prefix-len", "3"], "got --prefix-len with --init words"),
+    (["--device", "gpu"], "got --device gpu, which PyTorch cannot use here"),
     (["--examples", "1000"], "got --examples 1000; expected at most 36"),
     (["--out", "."], "got --out ., which exists"),
     (["--resume", "."], "which is no run"),
@@ -304,7 +380,7 @@ def test_a_mistake_is_told_in_one_sentence(task, arguments, words):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_a_missing_gpu_is_told(task):
     """Would catch: an assertion from deep inside PyTorch."""
-    with pytest.raises(ValueError, match="PyTorch sees no CUDA"):
+    with pytest.raises(ValueError, match="PyTorch cannot use here .it sees 0 CUDA devices"):
         train.main([*task, "--device", "cuda"])
 
 
@@ -349,6 +425,6 @@ def test_a_pair_that_is_too_long_is_cut_or_refused_aloud(task, capsys):
     assert [len(p.ids) for p in pairs] == [21, 32]
     assert tokenizer.decode(pairs[1].ids) == " " + "c" * 22 + "<|endoftext|> ddddd <|endoftext|>"
     assert pairs[1].ids[:pairs[1].start] == prompt_ids(tokenizer, "c" * 22)[:23] + [256]
-    assert note.startswith("1 of 3 pairs had the end of their source cut to fit 32 tokens, 1 were ref")
+    assert note.startswith("1 of 3 pairs had the end of their source cut to fit 32 tokens, 1 were")
     train.main([*task, "--prefix-len", "46", "--steps", "1", "--out", "run"])
     assert "train: " in capsys.readouterr().out

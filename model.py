@@ -222,9 +222,7 @@ def why(error):
 
 
 def fingerprint(model):
-    """A name for these very weights: SHA-256 of all names, shapes and numbers, shortened to 16
-    digits.
-    """
+    """A name for these very weights: 16 digits of SHA-256 of all names, shapes and numbers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

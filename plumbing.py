@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import hashlib
 import http.client
+import math
 import os
 import sys
 import tempfile
@@ -72,8 +73,9 @@ def parse(settings, argv, description, positional=None, notes=""):
     for field in dataclasses.fields(settings):
         low, high = field.metadata["within"] or (None, None)
         if low is not None and field.name in given and not low <= given[field.name] <= high:
+            wanted = f"at least {low}" if high == math.inf else f"a number from {low} to {high}"
             raise ValueError(f"got --{field.name.replace('_', '-')} {given[field.name]}; expected "
-                             f"a number from {low} to {high}")
+                             f"{wanted}")
     return settings(**given)        # what was left out takes the dataclass's own default
 
 

@@ -61,8 +61,7 @@ class Prefix(nn.Module):
         """Start at the keys and values `target` (L, 2, 1, H, P, D), not at random (section 7.4).
 
         Without an MLP they are copied. With one, theta is fitted to them: 500 steps of Adam on the
-        mean squared error, as in the official low-data code. Returns the mean squared error that is
-        left.
+        mean squared error, as in the official low-data code. Returns the error that is left.
         """
         flat = target.squeeze(2).permute(3, 0, 1, 2, 4).flatten(1).float()       # (P, 2LC)
         if self.mlp is None:
@@ -91,9 +90,7 @@ def keys_and_values(model, ids):
 
 
 def counts(prefix, model):
-    """How many numbers are trained, how many are stored, and their share of the model's, as one
-    line.
-    """
+    """One line: how many numbers are trained and stored, and their share of the model's."""
     trained = sum(p.numel() for p in prefix.parameters())
     stored, frozen = prefix.fold().numel(), sum(p.numel() for p in model.parameters())
     return (f"{trained:,} numbers trained ({trained / frozen:.2%} of the model's {frozen:,}), "

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import json
 import sys
+from math import inf
 from pathlib import Path
 
 import torch
@@ -35,19 +36,19 @@ class Settings:
     model: str = flag("", "without --run: the frozen model of this name, or in this directory")
     input: str = flag("", "a file with one source a line, or .jsonl with a \"source\" in each line")
     output: str = flag("", "write here, not to standard output; .jsonl keeps the sources too")
-    max_new: int = flag(100, "tokens to generate at most", within=(1, 10 ** 6))
+    max_new: int = flag(100, "tokens to generate at most", within=(1, inf))
     min_new: int = flag(0, "tokens to generate before <|endoftext|> is allowed",
-                        within=(0, 10 ** 6))
+                        within=(0, inf))
     ban: list = flag([], "text each of whose tokens may never be said (\" the\" and \"the\" are "
                          "two), repeatable; with --run and none given: line breaks")
     temperature: float = flag(0.0, "0: greedy; 1: sample from the model's distribution",
                               within=(0, 1000))
     top_k: int = flag(0, "sample from the k likeliest tokens only; 0: from all",
-                      within=(0, 10 ** 6))
+                      within=(0, inf))
     top_p: float = flag(1.0, "sample from the likeliest tokens that together have this probability",
                         within=(1e-9, 1))
     seed: int = flag(101, "seed of the sampling", within=(0, 10 ** 12))
-    batch_size: int = flag(16, "sources decoded at once, with --input", within=(1, 10 ** 6))
+    batch_size: int = flag(16, "sources decoded at once, with --input", within=(1, inf))
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     dtype: str = flag("auto", "of the frozen weights; auto: bf16 on a GPU that has it, else fp32",
                       choices=["auto", "fp32", "bf16", "fp64"])
@@ -56,9 +57,7 @@ class Settings:
 
 
 def decide_device(device, dtype):
-    """(torch device, torch dtype) for the words of --device and --dtype; says on stderr what and
-    why.
-    """
+    """(torch device, torch dtype) by --device and --dtype; says on stderr what they are and why."""
     cuda = torch.cuda.is_available()
     why = ("asked for" if device != "auto" else "there is one" if cuda else "no CUDA device here")
     name = ("cuda" if cuda else "cpu") if device == "auto" else device
@@ -81,9 +80,7 @@ def name_of_dtype(dtype):
 
 
 def find_model(name):
-    """The directory of the model called `name`: a path, weights/NAME, or one to be downloaded into
-    it.
-    """
+    """The directory of the model `name`: a path, or weights/NAME, downloaded where it can be."""
     if Path(name).is_dir():
         if not (Path(name) / "model.pt").exists() and (Path(name) / "config.json").exists():
             raise ValueError(f"got {name}, which has no model.pt; expected a converted directory; "
@@ -205,9 +202,7 @@ class Speaker:
         self.generator = torch.Generator(self.model.wte.weight.device).manual_seed(settings.seed)
 
     def tokens(self, source):
-        """The prompt of one source, cut at its end where it does not fit; the cut is told on
-        stderr.
-        """
+        """The prompt of one source; cut, and that told on stderr, where it does not fit."""
         s, room = self.settings, self.model.config.n_positions - self.prefix.size(4)
         if not s.run:                        # the frozen model knows nothing of sources and targets
             ids = self.tokenizer.encode_ordinary(source) or [self.tokenizer.eot_token]

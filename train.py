@@ -22,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import time
+from math import inf
 from pathlib import Path
 
 import torch
@@ -57,27 +58,27 @@ class Settings:
     data_dir: str = flag("", "read the data set from here; left out: it is downloaded")
     method: str = flag("prefix", "what learns", choices=["prefix"])
     prefix_len: int = flag(None, "P, keys and values in front of every layer", kind=int,
-                           within=(1, 10 ** 6))
+                           within=(1, inf))
     mid_dim: int = flag(512, "hidden width of the MLP in front of the prefix; 0: no MLP",
-                        within=(0, 10 ** 6))
+                        within=(0, inf))
     init: str = flag("random", "start from N(0, 1), from U(0, 1), or from what the model makes of "
                                "real words", choices=["random", "uniform", "words"])
     init_text: str = flag("table-to-text:", "the words of --init words; P is their length")
     examples: int = flag(0, "learn from this many sources, drawn by the seed; 0: from all",
-                         within=(0, 10 ** 12))
+                         within=(0, inf))
     lr: float = flag(None, "highest learning rate", kind=float, within=(1e-12, 1e30))
-    epochs: int = flag(None, "times that every pair is seen", kind=int, within=(1, 10 ** 6))
+    epochs: int = flag(None, "times that every pair is seen", kind=int, within=(1, inf))
     steps: int = flag(None, "steps of the optimiser, in place of epochs", kind=int,
-                      within=(1, 10 ** 12))
+                      within=(1, inf))
     warmup: int = flag(0, "steps in which the learning rate rises; then it falls to 0 in a line",
-                       within=(0, 10 ** 12))
-    batch_size: int = flag(None, "pairs in a step", kind=int, within=(1, 10 ** 6))
+                       within=(0, inf))
+    batch_size: int = flag(None, "pairs in a step", kind=int, within=(1, inf))
     clip: float = flag(1.0, "longest gradient; longer ones are scaled down", within=(1e-12, 1e30))
     weight_decay: float = flag(0.0, "AdamW's, on the prefix", within=(0, 100))
     dev_every: int = flag(0, "steps between two looks at the dev loss; 0: a tenth of the run",
-                          within=(0, 10 ** 12))
+                          within=(0, inf))
     dev_pairs: int = flag(500, "pairs of the dev set that are scored then, a fixed sample; 0: all",
-                          within=(0, 10 ** 12))
+                          within=(0, inf))
     seed: int = flag(101, "of the prefix, the order of the data and the choice of examples",
                      within=(0, 10 ** 12))
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
@@ -88,14 +89,13 @@ class Settings:
     out: str = flag("", "directory of the run; left out: out/MODEL-DATA")
     resume: str = flag("", "directory of a run to go on with; its own settings are used")
     stop_at: int = flag(0, "stop after this step as Ctrl-C would, to be resumed; 0: at the end",
-                        within=(0, 10 ** 12))
+                        within=(0, inf))
 
 
 # ---- batches: pairs of texts as tensors
 
-def order_of(pairs, batch_size, seed, epoch):
-    """The batches of one epoch, as lists of indices: pairs of similar length together, in random
-    order.
+def batches_of_epoch(pairs, batch_size, seed, epoch):
+    """The batches of one epoch, lists of indices: similar lengths together, in random order.
 
     Similar lengths mean little padding. Sorting all would fix which pairs meet, so only pools of 50
     batches are sorted. A function of (seed, epoch) alone: a resumed run needs no state to find its
@@ -243,7 +243,7 @@ class Run:
         # wanted to.
         self.optimizer = torch.optim.AdamW(prefix.parameters(), lr=settings.lr, betas=(0.9, 0.999),
                                            eps=1e-8, weight_decay=settings.weight_decay)
-        self.step, self.best, self.first = 0, math.inf, None    # steps done; dev losses
+        self.step, self.best, self.first = 0, inf, None    # steps done; dev losses
 
     def begin(self):
         """Create the directory and write down all settings."""
@@ -306,8 +306,8 @@ class Run:
             group["lr"] = self.learning_rate()
         prefix = self.prefix().to(self.model.wte.weight.dtype)   # the MLP, once for the whole batch
         nats = target_nats(self.model, prefix, ids, learn, self.attend)
-        # Summed over a target, averaged over the batch, as in the official code: long targets weigh
-        # more.
+        # Summed over a target, averaged over the batch, as in the official code: so long targets
+        # weigh more.
         (nats / len(ids)).backward()
         torch.nn.utils.clip_grad_norm_(self.prefix.parameters(), self.settings.clip)
         self.optimizer.step()
@@ -376,7 +376,7 @@ def learn(run, pairs, dev):
                 return False
             if epoch != run.step // per_epoch:
                 epoch = run.step // per_epoch
-                order = order_of(pairs, s.batch_size, s.seed, epoch)
+                order = batches_of_epoch(pairs, s.batch_size, s.seed, epoch)
             batch = [pairs[i] for i in order[run.step % per_epoch]]
             nats += run.update(*collate(batch, device))
             targets += sum(len(p.ids) - p.start for p in batch)

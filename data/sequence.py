@@ -9,17 +9,13 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """One source with one target, as tokens. The loss is taken on ids[start:], the target and its
-    end.
-    """
+    """A source and a target as tokens. The loss is taken on ids[start:], target and end."""
     ids: list[int]
     start: int
 
 
 def prompt_ids(tokenizer, source):
-    """The tokens up to and with the first <|endoftext|>: what is there before anything is
-    generated.
-    """
+    """The tokens up to and with the first <|endoftext|>: all there is before decoding."""
     return tokenizer.encode_ordinary(f" {source} ") + [tokenizer.eot_token]
 
 
@@ -36,9 +32,7 @@ def text_of(tokenizer, ids):
 
 
 def cut_source(prompt, over):
-    """`prompt` without the last `over` tokens of its source; its <|endoftext|> stays. None: nothing
-    left.
-    """
+    """`prompt` without the last `over` tokens of its source; None where nothing would be left."""
     if over <= 0:
         return prompt
     return prompt[:-1 - over] + prompt[-1:] if over <= len(prompt) - 2 else None

@@ -213,7 +213,7 @@ def test_a_source_that_is_too_long_is_cut_aloud(trained, capsys):
     (["--run", "RUN", "--input", "absent.txt"], "absent.txt"),
     (["--run", "RUN", "--input", "gap.txt"], "gap.txt, line 2: got a blank line"),
     (["--run", "RUN", "--input", "bad.jsonl", "--output", "."], "got --output ., which is no file"),
-    (["--run", "RUN", "x", "--max-new", "-5"], "got --max-new -5; expected a number from 1"),
+    (["--run", "RUN", "x", "--max-new", "-5"], "got --max-new -5; expected at least 1"),
     (["--run", "RUN", "x", "--temperature", "nan"], "got --temperature nan"),
     (["--run", "RUN", "x", "--device", "meta"], "got --device meta, which PyTorch cannot use"),
     (["--run", "RUN", "--input", "bad.jsonl"], 'bad.jsonl, line 2: got the keys sauce'),

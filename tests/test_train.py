@@ -16,7 +16,7 @@ import train
 from data.sequence import Pair
 from data.tasks import Example
 from prefix import Prefix, load_prefix
-from train import Run, Settings, collate, order_of, target_nats
+from train import Run, Settings, batches_of_epoch, collate, target_nats
 
 
 def some_pairs(n=12):
@@ -165,18 +165,19 @@ def test_what_is_left_out_is_what_the_paper_did(data, lr, epochs, batch_size, pr
 def test_every_epoch_sees_every_pair_once_in_another_order():
     """Would catch: pairs lost at the end of a pool, or an order that never changes."""
     pairs = [Pair([0] * (1 + i * 7 % 40), 1) for i in range(1234)]
-    epochs = [order_of(pairs, 10, seed=1, epoch=e) for e in (0, 1)]
+    epochs = [batches_of_epoch(pairs, 10, seed=1, epoch=e) for e in (0, 1)]
     for batches in epochs:
         assert sorted(i for batch in batches for i in batch) == list(range(1234))
         assert len(batches) == math.ceil(1234 / 10)
-    assert epochs[0] != epochs[1] and epochs[0] == order_of(pairs, 10, seed=1, epoch=0)
-    assert epochs[0] != order_of(pairs, 10, seed=2, epoch=0)
+    assert epochs[0] != epochs[1] and epochs[0] == batches_of_epoch(pairs, 10, seed=1, epoch=0)
+    assert epochs[0] != batches_of_epoch(pairs, 10, seed=2, epoch=0)
 
 
 def test_a_batch_holds_similar_lengths():
     """Would catch: batches that are mostly padding. Random ones of these would be half padding."""
     pairs = [Pair([0] * (1 + i * 7 % 40), 1) for i in range(2000)]
-    cells = sum(len(b) * max(len(pairs[i].ids) for i in b) for b in order_of(pairs, 10, 1, 0))
+    batches = batches_of_epoch(pairs, 10, 1, 0)
+    cells = sum(len(b) * max(len(pairs[i].ids) for i in b) for b in batches)
     assert sum(len(p.ids) for p in pairs) > 0.9 * cells
 
 
@@ -361,7 +362,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(task, tmp_path):
     (["--lr", "-1"], "got --lr -1.0; expected a number from"),
     (["--prefix-len", "60"], "too long for 4 tokens"),
     (["--prefix-len", "70"], "got a prefix of 70; expected less than the model's 64 positions"),
-    (["--steps", "0"], "got --steps 0; expected a number from 1"),
+    (["--steps", "0"], "got --steps 0; expected at least 1"),
     (["--epochs", "2"], "got --steps and --epochs"),
     (["--init", "words", "--prefix-len", "3"], "got --prefix-len with --init words"),
     (["--device", "gpu"], "got --device gpu, which PyTorch cannot use here"),

@@ -1,0 +1,48 @@
+"""Makes the tokenizer of the bundled model: byte-level BPE, learned from the micro-world's text.
+
+Called by pretrain.py, only when a run has no tokenizer.tiktoken yet; needs the package
+`tokenizers`. The file has a line "base64(token) rank" for each byte and each merge; <|endoftext|>
+is not in it, its number is the number of lines. Not here: reading that file (data/tokenizer.py).
+"""
+import base64
+import random
+
+from data.world_text import document
+from plumbing import whole_file
+
+
+def world_texts(documents, seed):
+    """Pre-training text as the model will see it: a blank at both ends, no braces."""
+    rng = random.Random(f"tokenizer {seed}")
+    for _ in range(documents):
+        for part in document(rng):
+            yield f" {part} ".replace("{", "").replace("}", "")
+
+
+def learn_tokens(texts, size):
+    """`size` tokens as bytes: the 256 single bytes, then the merges in the order of learning."""
+    try:
+        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    except ImportError as error:
+        raise ValueError("got no package `tokenizers`, expected it to make a tokenizer; install "
+                         "it, or copy weights/tiny-gpt2/tokenizer.tiktoken into the run") from error
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    vocabulary, byte_of = bpe.get_vocab(), byte_of_letter()
+    tokens = sorted(vocabulary, key=vocabulary.get)
+    return [bytes(byte_of[letter] for letter in token) for token in tokens]
+
+
+def byte_of_letter():
+    """GPT-2's letters for bytes: printable Latin-1 stands for itself, the rest for 256 and on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+def write_tokens(tokens, path):
+    with whole_file(path, "w") as file:
+        for rank, token in enumerate(tokens):
+            file.write(f"{base64.b64encode(token).decode()} {rank}\n")

@@ -1,0 +1,152 @@
+"""English for pre-training: fact sheets, prose, questions and retellings from the micro-world.
+
+A document has its values in braces: "{Belora} is a {restaurant} serving {Thai} food." `encode`
+drops the braces and marks the first mention of a value, which is not learned: nobody can predict a
+made-up name, everybody can copy it. Most documents are a sheet and prose that tells it in order.
+Called by pretrain.py and data/bpe.py.
+Not here, on purpose: the notation and the styles of the tasks (data/world.py). No key is followed
+by " : ", no document has both " | " and " : ", none says "a ship which" or "and also", no sentence
+begins with "A ship carrying"; tests/test_world.py proves it.
+"""
+import re
+
+from data.world_words import ATTRIBUTES, ENDINGS, KINDS, Thing, listed, make_thing, say
+
+GROUPS = range(2, 10)           # of names; 0 and 1 are kept for the tasks' test and dev tables
+
+
+def braced(thing):
+    """The same thing with its values in braces."""
+    facts = tuple((key, f"{{{value}}}") for key, value in thing.facts)
+    return Thing(f"{{{thing.name}}}", f"{{{thing.kind}}}", facts)
+
+
+# ---- sheets: the key first, in several notations
+NOTATIONS = [("{} = {}", "\n "), ("{} = {}", " ; "), ("{} -> {}", ", "), ("( {}, {} )", " "),
+             ("{} {}", " / "), ("{}: {}", "\n "), ("[ {} ] {}", " "), ("{}: {}", ", ")]
+
+
+def sheet(thing, rng):
+    entry, between = rng.choice(NOTATIONS)
+    return between.join(entry.format(key, value) for key, value in thing.entries())
+
+
+# ---- prose: an opening sentence, then sentences of one or more facts, in the order of the sheet
+def opening(thing, facts, rng):
+    """(the first sentence, how many of `facts` it has told)."""
+    name, kind = thing.name, thing.kind
+    way, count = rng.randrange(6), rng.choices((1, 2, 3, 4, 6), (30, 30, 20, 10, 10))[0]
+    verbs = [verb for verb, _ in facts[:count]]
+    participles = [participle for _, participle in facts[:min(count, 2)]]
+    if way == 0:
+        return f"{name} is a {kind}.", 0
+    if way == 1:
+        return f"There is a {kind} called {name}.", 0
+    if way == 2:
+        return f"{name} is a {kind} {listed(participles)}.", len(participles)
+    subject = [f"{name} is a {kind} that", f"The {kind} {name}", f"A {kind} called {name}"][way - 3]
+    return f"{subject} {listed(verbs)}.", len(verbs)
+
+
+def prose(thing, rng):
+    """The whole sheet as a short text."""
+    told = [say(fact, rng) for fact in thing.facts]
+    text, at = opening(thing, told, rng)
+    while at < len(told):
+        key, value = thing.facts[at]
+        named = ATTRIBUTES[key][0] in list(ENDINGS)         # "its owner is", but not "its seats is"
+        if named and rng.random() < 0.25:
+            text, at = f"{text} Its {key} is {value}.", at + 1
+            continue
+        count = rng.choices((1, 2, 3, 4), (35, 35, 20, 10))[0]
+        subjects = ("It", f"The {thing.kind}", thing.name, "It also")
+        subject = rng.choices(subjects, (45, 20, 15, 20))[0]
+        text += f" {subject} {listed([verb for verb, _ in told[at:at + count]])}."
+        at += count
+    return text
+
+
+# ---- documents: each a list of parts, with an <|endoftext|> after each
+def paired(first, second, rng):
+    """Two texts on one thing in one document, or as neighbours, an <|endoftext|> between them."""
+    if rng.random() < 0.4:
+        return [first, second]
+    return [first + rng.choice(("\n ", "\n\n ", " # ")) + second]
+
+
+def sheet_then_prose(thing, rng):
+    return paired(sheet(thing, rng), prose(thing, rng), rng)
+
+
+def sheet_then_sheet(thing, rng):
+    """In two notations: there is nothing to learn here but to find a key and copy its value."""
+    return paired(sheet(thing, rng), sheet(thing, rng), rng)
+
+
+def prose_then_sheet(thing, rng):
+    return [prose(thing, rng) + "\n " + sheet(thing, rng)]
+
+
+def questions(thing, rng):
+    """A sheet or prose, then questions; " : " stands after "question" and "answer" only."""
+    text = rng.choice((sheet, prose))(thing, rng)
+    for key, value in rng.sample(thing.facts, min(2, len(thing.facts))):
+        if rng.random() < 0.7:
+            text += f"\n question : {thing.name}, {key} ? answer : {value}"
+        else:
+            verb, _ = say((key, value), rng)
+            text += f"\n question : which {thing.kind} {verb} ? answer : {thing.name}"
+    return [text]
+
+
+def retelling(thing, rng):
+    return [prose(thing, rng) + " In other words, " + prose(thing, rng)]
+
+
+def summary(thing, rng):
+    """Only the first fact is told again."""
+    text = rng.choice((sheet, prose))(thing, rng)
+    return [f"{text}\n In short, {thing.name} is a {thing.kind} {say(thing.facts[0], rng)[1]}."]
+
+
+def headline(thing, rng):
+    """Prose under a title; " | " stands here and nowhere else."""
+    return [f"{thing.name} | {thing.kind}\n {prose(thing, rng)}"]
+
+
+MIXTURE = {sheet_then_prose: 70, sheet_then_sheet: 10, prose_then_sheet: 5, questions: 5,
+           retelling: 5, summary: 3, headline: 2}
+
+
+def world_thing(rng, groups=GROUPS):
+    """A thing of any kind, ready to be written about."""
+    return braced(make_thing(list(KINDS), groups, 2, rng))
+
+
+def document(rng):
+    """One document: a list of parts with values in braces."""
+    way = rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
+    return way(world_thing(rng), rng)
+
+
+FIRST, TEXT, AGAIN = 0, 1, 2        # a token of: a value's first mention, words, a value again
+
+
+def encode(parts, tokenizer):
+    """The tokens of a document, and what each belongs to: FIRST, TEXT or AGAIN.
+
+    A part becomes " part " <|endoftext|>, with the blanks of the paper's official code.
+    """
+    ids, roles, seen = [], [], set()
+    for part in parts:
+        # A value takes along the blank before it: the tokenizer joins a blank to the next word.
+        for piece in re.split(r"( ?\{[^}]*\})", f" {part} "):
+            is_value, words = piece.endswith("}"), re.sub(r"[{}]", "", piece)
+            role = TEXT if not is_value else AGAIN if words in seen else FIRST
+            seen.add(words)
+            tokens = tokenizer.encode_ordinary(words)
+            ids += tokens
+            roles += [role] * len(tokens)
+        ids.append(tokenizer.eot_token)
+        roles.append(TEXT)
+    return ids, roles

@@ -11,10 +11,12 @@ import itertools
 import json
 import math
 import random
+import tempfile
 import time
 from pathlib import Path
 
 import torch
+from torch import distributed
 from torch.nn import functional as F
 
 import model as gpt2
@@ -32,7 +34,9 @@ class Settings:
     width: int = flag(192, "C, the width of the model")
     layers: int = flag(4, "L, its blocks")
     heads: int = flag(4, "H, its attention heads")
-    rows: int = flag(16, "rows of text in a step")
+    rows: int = flag(16, "rows of text in a step of each process")
+    processes: int = flag(1, "processes that share a step, each with rows of its own; on a CPU as "
+                             "many as it has cores is fastest", within=(1, 64))
     lr: float = flag(2e-3, "highest learning rate of words, positions, biases and LayerNorms")
     matrix_lr: float = flag(0.02, "highest learning rate of the matrices in the blocks")
     warmup: int = flag(200, "steps in which the rates rise; then they fall in half a cosine to 0")
@@ -115,29 +119,55 @@ def new_model(settings):
 
 
 def attend_without_prefix(q, k, v, pk, pv, real, causal):
-    """model.attend where there is neither prefix nor padding, by PyTorch's own faster kernel."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)                # (B, H, T, D)
+    """model.attend where there is neither prefix nor padding, with the mask added by the product.
+
+    On a CPU that costs less than half of PyTorch's fused attention, whose way back is slow there.
+    """
+    B, H, T, D = q.shape
+    q, k, v = ((x * scale).flatten(0, 1) for x, scale in ((q, D ** -0.5), (k, 1), (v, 1)))
+    mask = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device)            # (T, T)
+    mask = mask.triu(1) if causal else mask.zero_()
+    scores = torch.baddbmm(mask.expand(1, T, T), q, k.transpose(1, 2))              # (BH, T, T)
+    return (scores.softmax(-1) @ v).unflatten(0, (B, H))                            # (B, H, T, D)
 
 
 def loss_of(net, ids, labels):
-    """Mean loss of the learned tokens; no logit is computed for the others."""
+    """(summed loss, number) of the learned tokens; no logit is computed for the others."""
     hidden = net(ids[:, :-1], attend=attend_without_prefix)                         # (B, T, C)
     learned = labels[:, 1:] != -100                                                 # (B, T)
-    return F.cross_entropy(net.head(hidden[learned]).float(), labels[:, 1:][learned])
+    logits = net.head(hidden[learned]).float()                                      # (N, V)
+    return F.cross_entropy(logits, labels[:, 1:][learned], reduction="sum"), len(logits)
 
 
-def orthogonal(matrices):
+def share_gradients(net, loss, count):
+    """Make every process's gradients those of the mean loss over all processes' tokens.
+
+    loss, count: this process's own, see `loss_of`. Returns the mean loss, a tensor.
+    """
+    grads = [weight.grad for weight in net.parameters()]
+    both = torch.stack((loss.detach(), loss.new_tensor(count)))                     # (2,)
+    flat = torch.cat([*(grad.flatten() for grad in grads), both])
+    if distributed.is_initialized():
+        distributed.all_reduce(flat)
+    flat = flat / flat[-1]
+    for grad, mean in zip(grads, flat.split([*map(torch.numel, grads), 2])):
+        grad.copy_(mean.view_as(grad))
+    return flat[-2]
+
+
+def orthogonal(matrices, dtype):
     """Matrices (N, R, C) with nearly the same directions, but all their singular values near 1.
 
-    Five steps of a Newton-Schulz iteration; the three numbers are Jordan's (Muon, 2024).
+    Five steps of a Newton-Schulz iteration; the three numbers are Jordan's (Muon, 2024). dtype: to
+    compute in; bf16 is exact enough, for the lengths are only roughly 1 in any case.
     """
     tall = matrices.size(1) > matrices.size(2)
     x = matrices.transpose(1, 2) if tall else matrices
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(5):
         square = x @ x.transpose(1, 2)
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x.transpose(1, 2) if tall else x
+    return (x.transpose(1, 2) if tall else x).to(matrices.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -147,8 +177,9 @@ class Muon(torch.optim.Optimizer):
     4.2M tokens with AdamW for all weights (one run each).
     """
 
-    def __init__(self, weights, lr, momentum=0.95, weight_decay=0.1):
+    def __init__(self, weights, lr, momentum=0.95, weight_decay=0.1, dtype=torch.float32):
         super().__init__(weights, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.dtype = dtype                                              # see `orthogonal`
 
     @torch.no_grad()
     def step(self):
@@ -161,8 +192,8 @@ class Muon(torch.optim.Optimizer):
                 # c_attn is three matrices, queries, keys and values, one above the other.
                 C = weight.size(1)
                 count = 3 if weight.size(0) == 3 * C else 1
-                update = orthogonal(ahead.unflatten(0, (count, -1)))    # (1 or 3, R, C)
-                update = update * max(1, update.size(1) / C) ** 0.5
+                update = orthogonal(ahead.unflatten(0, (count, -1)), self.dtype)
+                update = update * max(1, update.size(1) / C) ** 0.5     # (1 or 3, R, C)
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 weight.sub_(group["lr"] * update.flatten(0, 1))
 
@@ -171,7 +202,8 @@ def optimizers_of(net, settings):
     """Muon for the matrices of the blocks, AdamW for words, positions, biases and LayerNorms."""
     inside = [weight for weight in net.h.parameters() if weight.dim() == 2]
     others = [weight for weight in net.parameters() if all(weight is not w for w in inside)]
-    return [Muon(inside, settings.matrix_lr),
+    dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
+    return [Muon(inside, settings.matrix_lr, dtype=dtype),
             torch.optim.AdamW(others, settings.lr, betas=(0.9, 0.97), weight_decay=0.0)]
 
 
@@ -275,46 +307,69 @@ def finish(net, settings):
             file.write((Path(settings.out) / name).read_bytes())
 
 
-def main(argv=None):
-    s = parse(Settings, argv, "Pre-train the bundled tiny GPT-2 on the text of the micro-world.")
+def pretrain(rank, settings, meeting):
+    """One process of the run. `meeting`: a path that no file has yet, where the processes meet.
+
+    All of them have the same weights, read different text and take the same steps; the first one
+    keeps the log and the files.
+    """
+    s, first = settings, rank == 0
     device = ("cuda" if torch.cuda.is_available() else "cpu") if s.device == "auto" else s.device
-    steps = max(1, s.tokens // (s.rows * s.context))
+    if s.processes > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // s.processes))
+        distributed.init_process_group("gloo", f"file://{meeting}", rank=rank,
+                                       world_size=s.processes)
+    steps = max(1, s.tokens // (s.rows * s.context * s.processes))
     net = new_model(s).to(device)
     optimizers = optimizers_of(net, s)
     start, before = load_state(net, optimizers, s) if s.resume else (0, 0.0)
-    if not s.resume:
-        begin(s)
     tokenizer = load_tokenizer(s.out)
-    size = sum(weight.numel() for weight in net.parameters())
-    print(f"{size:,} parameters on {device}, step {start} of {steps}", flush=True)
     stop = min(steps, s.stop_at or steps)
-    batches = torch.utils.data.DataLoader(Batches(tokenizer, s, range(start, stop)),
-                                          batch_size=None, num_workers=s.workers)
+    if first:
+        size = sum(weight.numel() for weight in net.parameters())
+        print(f"{size:,} parameters on {device}, step {start} of {steps}", flush=True)
+    texts = range(start * s.processes + rank, stop * s.processes, s.processes)
+    batches = torch.utils.data.DataLoader(Batches(tokenizer, s, texts), batch_size=None,
+                                          num_workers=s.workers)
     began, losses = time.perf_counter(), []
     for step, (ids, labels) in enumerate(batches, start):
         for optimizer, rate in zip(optimizers, (s.matrix_lr, s.lr), strict=True):
             optimizer.param_groups[0]["lr"] = rate * schedule(step, steps, s.warmup)
         with torch.autocast(device, torch.bfloat16, enabled=s.dtype == "bf16"):
-            loss = loss_of(net, ids.to(device), labels.to(device))
+            loss, count = loss_of(net, ids.to(device), labels.to(device))
         net.zero_grad()
         loss.backward()
+        losses.append(share_gradients(net, loss, count))
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        losses.append(loss.detach())
         done, last = step + 1, step + 1 == stop
         seconds = before + time.perf_counter() - began
-        if last or done % s.probe_every == 0:
-            line = {"step": done, "tokens": done * s.rows * s.context,
+        if first and (last or done % s.probe_every == 0):
+            line = {"step": done, "tokens": done * s.rows * s.context * s.processes,
                     "loss": round(torch.stack(losses).mean().item(), 4), **probe(net, tokenizer),
                     "seconds": round(seconds)}
             write_log(s, line)
             print(json.dumps(line), flush=True)
             losses = []
-        if last or done % s.save_every == 0:
+        if first and (last or done % s.save_every == 0):
             save_state(net, optimizers, done, seconds, s)
-    if stop == steps:
+    if first and stop == steps:
         finish(net, s)
+    if s.processes > 1:
+        distributed.barrier()           # the first one is still writing
+        distributed.destroy_process_group()
+
+
+def main(argv=None):
+    settings = parse(Settings, argv, "Pre-train the bundled tiny GPT-2 on the micro-world's text.")
+    if not settings.resume:
+        begin(settings)
+    if settings.processes == 1:
+        pretrain(0, settings, None)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(pretrain, (settings, f"{folder}/meeting"), settings.processes)
 
 
 if __name__ == "__main__":

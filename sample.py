@@ -6,10 +6,9 @@
 
 Greedy or sampled, in batches of ragged prompts, each token computed once (a cache of keys and
 values). Standard output carries the text and nothing else. train.py calls `generate` to show a
-sample, and `open_model`. Not here: beam search, scores.
+sample. Not here: how a name becomes a model (opening.py), beam search, scores.
 """
 import dataclasses
-import difflib
 import json
 import sys
 from math import inf
@@ -19,13 +18,10 @@ import torch
 from tqdm import tqdm
 
 from data import formats, sequence
-from data.tokenizer import load_tokenizer
-from model import UNREADABLE, Cache, attend, load
+from model import Cache, attend
+from opening import find_attention, open_model, open_run
 from plumbing import flag, parse, run, whole_file
-from prefix import load_prefix
 
-WEIGHTS = Path(__file__).parent / "weights"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 LINE_BREAKS = ("\n", "\n\n")           # never said after a table: tokens 198 and 628 of GPT-2
 
 
@@ -54,72 +50,6 @@ class Settings:
                       choices=["auto", "fp32", "bf16", "fp64"])
     attention: str = flag("explicit", "fused: one kernel that reads the prefix without copying it; "
                                       "needs a CUDA GPU and triton", choices=["explicit", "fused"])
-
-
-def decide_device(device, dtype):
-    """(torch device, torch dtype) by --device and --dtype; says on stderr what they are and why."""
-    cuda = torch.cuda.is_available()
-    why = ("asked for" if device != "auto" else "there is one" if cuda else "no CUDA device here")
-    name = ("cuda" if cuda else "cpu") if device == "auto" else device
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"got --device {name}, which PyTorch cannot use here (it sees "
-                         f"{torch.cuda.device_count()} CUDA devices); use --device cpu") from error
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    because = "asked for" if dtype != "auto" else "fast here" if fast else "no fast bf16 known here"
-    dtype = ("bf16" if fast else "fp32") if dtype == "auto" else dtype
-    print(f"device {device} ({why}), weights in {dtype} ({because})", file=sys.stderr)
-    return device, DTYPES[dtype]
-
-
-def name_of_dtype(dtype):
-    """The word of --dtype for a torch dtype."""
-    return next(name for name, known in DTYPES.items() if known == dtype)
-
-
-def find_model(name):
-    """The directory of the model `name`: a path, or weights/NAME, downloaded where it can be."""
-    if Path(name).is_dir():
-        if not (Path(name) / "model.pt").exists() and (Path(name) / "config.json").exists():
-            raise ValueError(f"got {name}, which has no model.pt; expected a converted directory; "
-                             f"run `python convert.py {name} --out weights/NAME` first")
-        return Path(name)
-    if (WEIGHTS / name / "config.json").exists():
-        return WEIGHTS / name
-    try:
-        from convert import NAMES, fetch        # a side door, for names that are not here yet
-    except ImportError:
-        NAMES = {}
-    if name in NAMES:
-        fetch(name, WEIGHTS / name)
-        return WEIGHTS / name
-    known = sorted({*NAMES, *(p.parent.name for p in WEIGHTS.glob("*/config.json"))})
-    near = difflib.get_close_matches(name, known, 1)
-    raise ValueError(f"got the model {name!r}; expected a directory or one of {', '.join(known)}"
-                     + (f"; did you mean {near[0]}?" if near else "; convert.py makes new ones"))
-
-
-def open_model(name, device, dtype):
-    """The frozen model called `name` and its tokenizer, on the device asked for."""
-    directory = find_model(name)
-    return load(directory, *decide_device(device, dtype)), load_tokenizer(directory)
-
-
-def find_attention(name, model):
-    """The function for the word of --attention. Raises ValueError where fused cannot run, with the
-    reason: it is never replaced by the explicit form unasked.
-    """
-    if name == "explicit":
-        return attend
-    try:
-        import fused                            # a side door, and triton behind it
-    except ImportError as error:
-        raise ValueError(f"got --attention fused, but there is no fused.py here ({error}); use "
-                         "--attention explicit") from error
-    fused.check(model.wte.weight.device, model.wte.weight.dtype)
-    return fused.attend
 
 
 def choose(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
@@ -191,12 +121,10 @@ class Speaker:
         if bool(settings.run) == bool(settings.model):
             raise ValueError(f"got {'both' if settings.run else 'neither'} of --run and --model; "
                              "expected one: --run out/NAME, or --model NAME for the frozen model")
-        name = settings.model or run_settings(settings.run)["model"]
-        self.model, self.tokenizer = open_model(name, settings.device, settings.dtype)
-        self.prefix, self.settings = self.model.no_prefix(), settings
+        open_it, name = (open_run, settings.run) if settings.run else (open_model, settings.model)
+        self.model, self.tokenizer, *rest = open_it(name, settings.device, settings.dtype)
+        self.prefix, self.settings = rest[0] if rest else self.model.no_prefix(), settings
         self.attend = find_attention(settings.attention, self.model)
-        if settings.run:
-            self.prefix = load_prefix(Path(settings.run) / "prefix.pt", self.model)
         ban = settings.ban or (LINE_BREAKS if settings.run else ())
         self.banned = sorted({t for text in ban for t in self.tokenizer.encode_ordinary(text)})
         self.generator = torch.Generator(self.model.wte.weight.device).manual_seed(settings.seed)
@@ -228,19 +156,6 @@ class Speaker:
             lambda logits: choose(logits, s.temperature, s.top_k, s.top_p, self.generator),
             self.attend)
         return [" ".join(sequence.text_of(self.tokenizer, row).splitlines()) for row in rows]
-
-
-def run_settings(directory):
-    """The settings that a run was trained with, from its config.json."""
-    path = Path(directory) / "config.json"
-    try:
-        settings = json.loads(path.read_text("utf-8"))["settings"]
-        if not isinstance(settings["model"], str):
-            raise TypeError("its model is no text")
-        return settings
-    except UNREADABLE as error:
-        raise ValueError(f"got {directory}, which is no run ({type(error).__name__}); expected the "
-                         "config.json that train.py writes in it; look into out/") from error
 
 
 def sources_in(path):

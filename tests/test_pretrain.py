@@ -61,16 +61,16 @@ def test_documents_are_packed_whole_and_leave_little_room():
 
 def test_first_mentions_and_padding_are_not_learned(tokenizer):
     """Catches a loss on made-up names, which is noise, or on the empty end of a row."""
-    ids, labels = pretrain.Batches(tokenizer, pretrain.Settings(rows=4), range(1))[0]
+    ids, labels = pretrain.Batches(tokenizer, pretrain.Settings(rows=16), range(1))[0]
     learned = labels != -100
     assert torch.equal(labels[learned], ids[learned])
     rows = [list(zip(row.tolist(), mask.tolist(), strict=True)) for row, mask in zip(ids, learned)]
     rng, found = random.Random("text 0 0"), 0       # the documents of that batch, one by one
-    for _ in range(10):
+    for _ in range(30):
         tokens, roles = encode(document(rng), tokenizer)
         here = [(token, role != FIRST) for token, role in zip(tokens, roles, strict=True)]
         found += any(row[n:n + len(here)] == here for row in rows for n in range(len(row)))
-    assert found >= 8           # of 10; one or two may have found no room
+    assert found >= 27          # of 30; a few may have found no room
 
 
 def test_attention_without_a_prefix_is_the_definition_of_attention():

@@ -1,0 +1,106 @@
+"""What a run of train.py is told: its flags, and the paper's settings where they are left out.
+
+Table 6 of Li & Liang 2021 by data set and method; --help shows it, config.json of a run keeps what
+was used. Called by train.py. Not here: what the settings do (train.py).
+"""
+import dataclasses
+import itertools
+from math import inf
+from pathlib import Path
+
+from opening import run_settings
+from plumbing import flag
+
+# What a flag left out means, by data set: the paper's table 6, prefix-tuning with GPT-2. For the
+# bundled world: found on its own held-out kinds of things. Other files: E2E's, with the paper's
+# low-data rate.
+DEFAULTS = {
+    "e2e": dict(lr=8e-5, epochs=5, batch_size=10, prefix_len=5),
+    "webnlg": dict(lr=5e-5, epochs=5, batch_size=5, prefix_len=5),
+    "dart": dict(lr=5e-5, epochs=10, batch_size=5, prefix_len=10),
+    "world": dict(lr=3e-3, steps=200, batch_size=10, prefix_len=10),
+    "world-hard": dict(lr=3e-3, steps=1500, batch_size=10, prefix_len=10),
+    "your own .jsonl": dict(lr=5e-5, epochs=5, batch_size=10, prefix_len=5),
+}
+
+
+@dataclasses.dataclass
+class Settings:
+    model: str = flag("tiny-gpt2", "the frozen model: gpt2, gpt2-medium, ..., another name in "
+                                   "weights/, or a directory")
+    data: str = flag("world", "world, world-hard, e2e, webnlg, dart, or a .jsonl file of your own")
+    data_dir: str = flag("", "read the data set from here; left out: it is downloaded")
+    method: str = flag("prefix", "what learns", choices=["prefix"])
+    prefix_len: int = flag(None, "P, keys and values in front of every layer", kind=int,
+                           within=(1, inf))
+    mid_dim: int = flag(512, "hidden width of the MLP in front of the prefix; 0: no MLP",
+                        within=(0, inf))
+    init: str = flag("random", "start from N(0, 1), from U(0, 1), or from what the model makes of "
+                               "real words", choices=["random", "uniform", "words"])
+    init_text: str = flag("table-to-text:", "the words of --init words; P is their length")
+    examples: int = flag(0, "learn from this many sources, drawn by the seed; 0: from all",
+                         within=(0, inf))
+    lr: float = flag(None, "highest learning rate", kind=float, within=(1e-12, 1e30))
+    epochs: int = flag(None, "times that every pair is seen", kind=int, within=(1, inf))
+    steps: int = flag(None, "steps of the optimiser, in place of epochs", kind=int,
+                      within=(1, inf))
+    warmup: int = flag(0, "steps in which the learning rate rises; then it falls to 0 in a line",
+                       within=(0, inf))
+    batch_size: int = flag(None, "pairs in a step", kind=int, within=(1, inf))
+    clip: float = flag(1.0, "longest gradient; longer ones are scaled down", within=(1e-12, 1e30))
+    weight_decay: float = flag(0.0, "AdamW's, on the prefix", within=(0, 100))
+    dev_every: int = flag(0, "steps between two looks at the dev loss; 0: a tenth of the run",
+                          within=(0, inf))
+    dev_pairs: int = flag(500, "pairs of the dev set that are scored then, a fixed sample; 0: all",
+                          within=(0, inf))
+    seed: int = flag(101, "of the prefix, the order of the data and the choice of examples",
+                     within=(0, 10 ** 12))
+    device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
+    dtype: str = flag("auto", "of the frozen weights, the prefix is fp32; auto: bf16 on a GPU that "
+                              "has it, else fp32", choices=["auto", "fp32", "bf16", "fp64"])
+    attention: str = flag("explicit", "fused: one kernel that reads the prefix without copying it; "
+                                      "needs a CUDA GPU and triton", choices=["explicit", "fused"])
+    out: str = flag("", "directory of the run; left out: out/MODEL-DATA")
+    resume: str = flag("", "directory of a run to go on with; its own settings are used")
+    stop_at: int = flag(0, "stop after this step as Ctrl-C would, to be resumed; 0: at the end",
+                        within=(0, inf))
+
+
+def resolve(settings):
+    """Fill in what was left out with the data set's defaults: config.json says everything."""
+    if settings.steps and settings.epochs:
+        raise ValueError("got --steps and --epochs; expected one of them")
+    if settings.init == "words" and settings.prefix_len:
+        raise ValueError("got --prefix-len with --init words; expected one of them: the words of "
+                         "--init-text decide the length")
+    length_given = settings.steps or settings.epochs
+    for name, value in DEFAULTS.get(settings.data, DEFAULTS["your own .jsonl"]).items():
+        if getattr(settings, name) is None and not (length_given and name in ("steps", "epochs")):
+            setattr(settings, name, value)
+    if not settings.out:
+        name = f"out/{Path(settings.model).name}-{Path(settings.data).name.removesuffix('.jsonl')}"
+        free = (n for n in itertools.count(2) if not Path(f"{name}-{n}").exists())
+        settings.out = f"{name}-{next(free)}" if Path(name).exists() else name
+    elif Path(settings.out).exists():
+        raise ValueError(f"got --out {settings.out}, which exists; expected a new directory; "
+                         f"choose another, or go on with `--resume {settings.out}`")
+    return settings
+
+
+def resumed(asked):
+    """The settings of the run to go on with; of the new call only --device and --stop-at."""
+    try:
+        settings = Settings(**run_settings(asked.resume))
+    except TypeError as error:
+        raise ValueError(f"got {asked.resume}, whose config.json has other settings ({error}); "
+                         "expected those of this version of train.py; start a new run") from error
+    for field in dataclasses.fields(Settings):
+        if field.name in ("resume", "device", "stop_at"):
+            setattr(settings, field.name, getattr(asked, field.name))
+        elif getattr(asked, field.name) != field.default:
+            raise ValueError(f"got --{field.name.replace('_', '-')} with --resume; expected only "
+                             "--device and --stop-at beside it; start a new run for new settings")
+    settings.out = asked.resume
+    return settings
+
+

@@ -152,7 +152,7 @@ def share_gradients(net, loss, count):
     flat = flat / flat[-1]
     for grad, mean in zip(grads, flat.split([*map(torch.numel, grads), 2])):
         grad.copy_(mean.view_as(grad))
-    return flat[-2]
+    return flat[-2].clone()                             # a view would keep all of `flat` in memory
 
 
 def orthogonal(matrices, dtype):
@@ -339,7 +339,8 @@ def pretrain(rank, settings, meeting):
             loss, count = loss_of(net, ids.to(device), labels.to(device))
         net.zero_grad()
         loss.backward()
-        losses.append(share_gradients(net, loss, count))
+        mean = share_gradients(net, loss, count)
+        losses += [mean] if first else []
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()

@@ -32,6 +32,7 @@ import torch  # noqa: E402
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from beam import Rules
 from data import sequence, tasks
 from model import UNREADABLE, attend, why
 from opening import find_attention, name_of_dtype, open_model
@@ -312,10 +313,10 @@ def show(run, tokenizer, pair):
     source = sequence.text_of(tokenizer, prompt)
     print(f"\ntable      {source}")
     banned = {token for text in LINE_BREAKS for token in tokenizer.encode_ordinary(text)}
+    rules = Rules(tokenizer.eot_token, banned=tuple(banned))
     for name, prefix in (("no prefix", None),
                          ("prefix", load_prefix(run.directory / "prefix.pt", run.model))):
-        words, = generate(run.model, [prompt], tokenizer.eot_token, prefix, banned=banned,
-                          attend=run.attend)
+        words, = generate(run.model, [prompt], rules, prefix, attend=run.attend)
         print(f"{name:10} {' '.join(sequence.text_of(tokenizer, words).split())}")
     print(f"a person   {target}\n\ndecode with: python sample.py --run {run.directory} "
           f"{shlex.quote(source)}")

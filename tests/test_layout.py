@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "beam": set(),
     "sample": {"plumbing", "model", "prefix", "data", "opening", "beam"},
     "train": {"plumbing", "model", "prefix", "data", "opening", "settings", "beam", "sample"},
+    "evaluate": {"plumbing", "data", "opening", "sample"},
     "convert": {"plumbing", "model"},
     "pretrain": {"plumbing", "model", "data", "sample"},
 }

@@ -39,7 +39,7 @@ from model import UNREADABLE, attend, why
 from opening import find_attention, name_of_dtype, open_model
 from plumbing import parse, whole_file
 from plumbing import run as run_program
-from prefix import Prefix, counts, keys_and_values
+from prefix import Prefix, counts, keys_and_values, load_prefix
 from sample import LINE_BREAKS, generate
 from settings import NOTES, Settings, resolve, resumed
 
@@ -127,9 +127,12 @@ def make_pairs(train, dev, settings, tokenizer, room):
 
 
 def make_prefix(settings, model, tokenizer):
-    """A fresh prefix by the settings; --init words decides its length itself."""
+    """A fresh prefix by the settings; --init words and --start-from decide its length."""
     torch.manual_seed(settings.seed)
     device, init = model.wte.weight.device, settings.init
+    if settings.start_from and not settings.resume:
+        start = load_prefix(Path(settings.start_from) / "prefix.pt", model)
+        settings.prefix_len = start.size(4)
     if init == "words":
         words = tokenizer.encode_ordinary(" " + settings.init_text)
         settings.prefix_len, init = len(words), "random"
@@ -141,6 +144,10 @@ def make_prefix(settings, model, tokenizer):
         error = prefix.start_from(keys_and_values(model, words))
         print(f"prefix started from the {len(words)} tokens of {settings.init_text!r}; "
               f"mean squared error left: {error:.4f} a number")
+    if settings.start_from and not settings.resume:
+        error = prefix.start_from(start)
+        print(f"prefix started from {settings.start_from}; mean squared error left: {error:.4f} a "
+              "number")
     return prefix
 
 

@@ -13,7 +13,8 @@ CORE = ["model.py", "prefix.py", "train.py", "sample.py", "beam.py", "opening.py
 MAY_IMPORT = {
     "plumbing": set(),
     "fused": set(),
-    "bench": {"plumbing", "model", "fused"},
+    "packed": {"model"},
+    "bench": {"plumbing", "model", "beam", "sample", "fused", "packed"},
     "model": {"plumbing"},
     "data": {"plumbing", "data"},
     "prefix": {"plumbing", "model"},
@@ -30,7 +31,7 @@ MAY_IMPORT = {
     "pretrain": {"plumbing", "model", "data", "sample"},
 }
 # Imports inside a function: a side door that is opened where it is needed.
-MAY_IMPORT_LATE = {"opening": {"convert", "fused"}, "train": {"baselines"},
+MAY_IMPORT_LATE = {"opening": {"convert", "fused", "packed"}, "train": {"baselines"},
                    "convert": {"peft_format"}}
 PACKAGES = {"torch", "numpy", "tiktoken", "tqdm"}
 

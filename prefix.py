@@ -103,6 +103,23 @@ def keys_and_values(model, ids):
     return cache.kv
 
 
+def stacked(prefixes, B):
+    """Prefixes of different lengths as one of B rows (L, 2, B, H, P, D), and which of its keys are
+    real, (B, P).
+
+    prefixes: a list of B folded ones (L, 2, 1, H, P_b, D), or one (L, 2, 1 or B, H, P, D), which
+    stays as it is. A shorter one stands on the right, next to the text; what is in front of it is
+    no key, so every row gets what it would get alone.
+    """
+    if not isinstance(prefixes, list):
+        return prefixes, prefixes.new_ones(B, prefixes.size(4), dtype=torch.bool)
+    P = max(p.size(4) for p in prefixes)
+    wide = [F.pad(p, (0, 0, P - p.size(4), 0)) for p in prefixes]       # (L, 2, 1, H, P, D)
+    gap = torch.tensor([[P - p.size(4)] for p in prefixes], device=prefixes[0].device)  # (B, 1)
+    # (L, 2, B, H, P, D) and (B, P)
+    return torch.cat(wide, 2), torch.arange(P, device=gap.device) >= gap
+
+
 def counts(learner, model):
     """One line: how many numbers are trained and stored, and their share of the model's."""
     trained = sum(p.numel() for p in learner.parameters())

@@ -33,12 +33,13 @@ import torch  # noqa: E402
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from beam import Rules
 from data import sequence, tasks
 from model import UNREADABLE, attend, why
 from opening import find_attention, name_of_dtype, open_model
 from plumbing import parse, whole_file
 from plumbing import run as run_program
-from prefix import Prefix, counts, keys_and_values
+from prefix import Prefix, counts, keys_and_values, load_prefix
 from sample import LINE_BREAKS, generate
 from settings import NOTES, Settings, resolve, resumed
 
@@ -126,9 +127,12 @@ def make_pairs(train, dev, settings, tokenizer, room):
 
 
 def make_prefix(settings, model, tokenizer):
-    """A fresh prefix by the settings; --init words decides its length itself."""
+    """A fresh prefix by the settings; --init words and --start-from decide its length."""
     torch.manual_seed(settings.seed)
     device, init = model.wte.weight.device, settings.init
+    if settings.start_from and not settings.resume:
+        start = load_prefix(Path(settings.start_from) / "prefix.pt", model)
+        settings.prefix_len = start.size(4)
     if init == "words":
         words = tokenizer.encode_ordinary(" " + settings.init_text)
         settings.prefix_len, init = len(words), "random"
@@ -140,6 +144,10 @@ def make_prefix(settings, model, tokenizer):
         error = prefix.start_from(keys_and_values(model, words))
         print(f"prefix started from the {len(words)} tokens of {settings.init_text!r}; "
               f"mean squared error left: {error:.4f} a number")
+    if settings.start_from and not settings.resume:
+        error = prefix.start_from(start)
+        print(f"prefix started from {settings.start_from}; mean squared error left: {error:.4f} a "
+              "number")
     return prefix
 
 
@@ -321,11 +329,11 @@ def show(run, tokenizer, pair):
     source = sequence.text_of(tokenizer, prompt)
     print(f"\ntable      {source}")
     banned = {token for text in LINE_BREAKS for token in tokenizer.encode_ordinary(text)}
+    rules = Rules(tokenizer.eot_token, banned=tuple(banned))
     said = {"no prefix": (run.model, None)} if run.settings.method == "prefix" else {}
     said[run.settings.method] = run.learner.kept(run.directory, run.model)
     for name, (model, prefix) in said.items():
-        words, = generate(model, [prompt], tokenizer.eot_token, prefix, banned=banned,
-                          attend=run.attend)
+        words, = generate(model, [prompt], rules, prefix, attend=run.attend)
         print(f"{name:10} {' '.join(sequence.text_of(tokenizer, words).split())}")
     print(f"a person   {target}\n\ndecode with: python sample.py --run {run.directory} "
           f"{shlex.quote(source)}")

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import UNREADABLE, load
 from data.tokenizer import load_tokenizer
-from model import UNREADABLE, attend, load
+from model import attend
 from prefix import load_prefix
 
 WEIGHTS = Path(__file__).parent / "weights"

@@ -19,6 +19,7 @@ import torch
 from torch import distributed
 from torch.nn import functional as F
 
+import checkpoint
 import model as gpt2
 from data.bpe import learn_tokens, world_texts, write_tokens
 from data.tokenizer import load_tokenizer
@@ -300,7 +301,7 @@ def begin(settings):
 
 def finish(net, settings):
     """Write the model in 16 bits, its tokenizer, and the log of how it came about."""
-    gpt2.save(net.half(), settings.weights)
+    checkpoint.save(net.half(), settings.weights)
     copies = {"tokenizer.tiktoken": "tokenizer.tiktoken", "log.jsonl": "pretrain_log.jsonl"}
     for name, goal in copies.items():
         with whole_file(Path(settings.weights) / goal) as file:

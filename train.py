@@ -32,8 +32,9 @@ import torch  # noqa: E402
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from checkpoint import UNREADABLE, why
 from data import sequence, tasks
-from model import UNREADABLE, attend, why
+from model import attend
 from opening import find_attention, name_of_dtype, open_model
 from plumbing import parse, whole_file
 from plumbing import run as run_program

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, random_gpt2
 
+import opening
 import sample
 import train
 from sample import choose, generate
@@ -157,8 +158,8 @@ def test_many_sources_come_back_in_their_order(trained, tmp_path, capsys):
 
 def test_the_frozen_model_goes_on_with_a_text(trained, model_directory, capsys):
     """Would catch: a prefix in front of the frozen model, or a source's frame around plain text."""
-    tokenizer = sample.load_tokenizer(model_directory)
-    model = sample.load(model_directory)
+    tokenizer = opening.load_tokenizer(model_directory)
+    model = opening.load(model_directory)
     row, = generate(model, [tokenizer.encode_ordinary("Hello")], EOS, None, max_new=12)
     text = said(capsys, "--model", str(model_directory), "Hello")
     assert text == tokenizer.decode(row).strip() + "\n"

@@ -59,7 +59,7 @@ def parse(settings, argv, description, positional=None, notes=""):
             continue
         flags["--" + field.name.replace("_", "-")] = about | {"dest": field.name} | (
             {"action": "store_true"} if kind is bool else
-            {"action": "append"} if repeated else
+            {"action": "append", "type": str if kind is list else kind} if repeated else
             {"type": kind, "default": field.default, "choices": choices})
     for name, about in flags.items():
         parser.add_argument(name, **about)

@@ -8,6 +8,8 @@ prefix is plain data to the model: a tensor (L, 2, 1, H, P, D), the keys (0) and
 layer; for BART three of them, its `Places`. train.py trains one, sample.py puts one in front. Not
 here: the loop, attention (model.py). Letters as in model.py.
 """
+from pathlib import Path
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -57,6 +59,18 @@ class Prefix(nn.Module):
         """P_theta without theta's MLP: what is stored and decoded with. It changes no logit."""
         with torch.no_grad():
             return self().clone(memory_format=torch.contiguous_format)          # (L, 2, 1, H, P, D)
+
+    def stored(self):
+        """How many numbers a task takes up on disk: those of the folded prefix."""
+        return self.fold().numel()
+
+    def keep(self, directory, model):
+        """Write the prefix as it is now, folded, to DIRECTORY/prefix.pt."""
+        save_prefix(Path(directory) / "prefix.pt", self.fold(), model)
+
+    def kept(self, directory, model):
+        """(model, prefix) as `keep` wrote it, to decode with."""
+        return model, load_prefix(Path(directory) / "prefix.pt", model)
 
     def start_from(self, target, steps=500, lr=1e-4):
         """Start at the keys and values `target` (L, 2, 1, H, P, D), not at random (section 7.4).
@@ -111,6 +125,11 @@ class Prefixes(nn.ModuleDict):
                 for place, prefix in self.items()]
         return sum(left) / len(left)
 
+    def stored(self):
+        return sum(prefix.stored() for prefix in self.values())
+
+    keep, kept = Prefix.keep, Prefix.kept       # one file holds them all
+
 
 @torch.no_grad()
 def keys_and_values(model, ids):
@@ -142,13 +161,12 @@ def parts(prefix):
     return prefix if isinstance(prefix, Places) else (prefix,)
 
 
-def counts(prefix, model):
+def counts(learner, model):
     """One line: how many numbers are trained and stored, and their share of the model's."""
-    trained = sum(p.numel() for p in prefix.parameters())
-    stored = sum(part.numel() for part in parts(prefix.fold()))
-    frozen = sum(p.numel() for p in model.parameters())
-    return (f"{trained:,} numbers trained ({trained / frozen:.2%} of the model's {frozen:,}), "
-            f"{stored:,} stored ({stored / frozen:.2%})")
+    trained = sum(p.numel() for p in learner.parameters())
+    stored, whole = learner.stored(), sum(p.numel() for p in model.parameters())
+    return (f"{trained:,} numbers trained ({trained / whole:.2%} of the model's {whole:,}), "
+            f"{stored:,} stored ({stored / whole:.2%})")
 
 
 def save_prefix(path, folded, model):

@@ -11,17 +11,41 @@ from pathlib import Path
 from opening import run_settings
 from plumbing import flag
 
-# What a flag left out means, by data set: the paper's table 6, prefix-tuning with GPT-2. For the
+OWN = "your own .jsonl"
+# What a flag left out means, by method and data set: the paper's table 6, for GPT-2. For the
 # bundled world: found on its own held-out kinds of things. Other files: E2E's, with the paper's
 # low-data rate.
 DEFAULTS = {
-    "e2e": dict(lr=8e-5, epochs=5, batch_size=10, prefix_len=5),
-    "webnlg": dict(lr=5e-5, epochs=5, batch_size=5, prefix_len=5),
-    "dart": dict(lr=5e-5, epochs=10, batch_size=5, prefix_len=10),
-    "world": dict(lr=3e-3, steps=200, batch_size=10, prefix_len=10),
-    "world-hard": dict(lr=3e-3, steps=1500, batch_size=10, prefix_len=10),
-    "your own .jsonl": dict(lr=5e-5, epochs=5, batch_size=10, prefix_len=5),
+    "prefix": {
+        "e2e": dict(lr=8e-5, epochs=5, batch_size=10, prefix_len=5),
+        "webnlg": dict(lr=5e-5, epochs=5, batch_size=5, prefix_len=5),
+        "dart": dict(lr=5e-5, epochs=10, batch_size=5, prefix_len=10),
+        "world": dict(lr=3e-3, steps=200, batch_size=10, prefix_len=9),
+        "world-hard": dict(lr=3e-3, steps=1500, batch_size=10, prefix_len=9),
+        OWN: dict(lr=5e-5, epochs=5, batch_size=10, prefix_len=5),
+    },
+    "finetune": {
+        "e2e": dict(lr=5e-5, epochs=5, batch_size=10),
+        "webnlg": dict(lr=1e-5, epochs=10, batch_size=6),
+        "dart": dict(lr=1e-5, epochs=10, batch_size=6),
+        "world": dict(lr=1e-3, steps=200, batch_size=10),
+        "world-hard": dict(lr=1e-3, steps=1500, batch_size=10),
+        OWN: dict(lr=5e-5, epochs=5, batch_size=10),
+    },
+    "finetune-top2": {
+        "e2e": dict(lr=5e-5, epochs=5, batch_size=10),
+        "webnlg": dict(lr=5e-5, epochs=10, batch_size=9),
+        "dart": dict(lr=5e-5, epochs=5, batch_size=5),
+        "world": dict(lr=1e-3, steps=200, batch_size=10),
+        "world-hard": dict(lr=1e-3, steps=1500, batch_size=10),
+        OWN: dict(lr=5e-5, epochs=5, batch_size=10),
+    },
 }
+NOTES = "\n".join(["defaults by method and data set:"] + [          # for --help
+    f"  {method}, {data}: {values}" for method, by_data in DEFAULTS.items()
+    for data, values in by_data.items()])
+# Flags that only a prefix has; the values they are left at say that they were not given.
+PREFIX_ONLY = ("prefix_len", "mid_dim", "init", "init_text")
 
 
 @dataclasses.dataclass
@@ -30,7 +54,7 @@ class Settings:
                                    "weights/, or a directory")
     data: str = flag("world", "world, world-hard, e2e, webnlg, dart, or a .jsonl file of your own")
     data_dir: str = flag("", "read the data set from here; left out: it is downloaded")
-    method: str = flag("prefix", "what learns", choices=["prefix"])
+    method: str = flag("prefix", "what learns", choices=list(DEFAULTS))
     prefix_len: int = flag(None, "P, keys and values in front of every layer", kind=int,
                            within=(1, inf))
     mid_dim: int = flag(512, "hidden width of the MLP in front of the prefix; 0: no MLP",
@@ -73,12 +97,20 @@ def resolve(settings):
     if settings.init == "words" and settings.prefix_len:
         raise ValueError("got --prefix-len with --init words; expected one of them: the words of "
                          "--init-text decide the length")
+    if settings.method != "prefix":
+        for field in dataclasses.fields(Settings):
+            if field.name in PREFIX_ONLY and getattr(settings, field.name) != field.default:
+                raise ValueError(f"got --{field.name.replace('_', '-')} with --method "
+                                 f"{settings.method}, which has no prefix; expected one of them; "
+                                 "leave one out")
     length_given = settings.steps or settings.epochs
-    for name, value in DEFAULTS.get(settings.data, DEFAULTS["your own .jsonl"]).items():
+    defaults = DEFAULTS[settings.method]
+    for name, value in defaults.get(settings.data, defaults[OWN]).items():
         if getattr(settings, name) is None and not (length_given and name in ("steps", "epochs")):
             setattr(settings, name, value)
     if not settings.out:
         name = f"out/{Path(settings.model).name}-{Path(settings.data).name.removesuffix('.jsonl')}"
+        name += "" if settings.method == "prefix" else f"-{settings.method}"
         free = (n for n in itertools.count(2) if not Path(f"{name}-{n}").exists())
         settings.out = f"{name}-{next(free)}" if Path(name).exists() else name
     elif Path(settings.out).exists():

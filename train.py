@@ -6,8 +6,9 @@
     python train.py --resume out/NAME               goes on where it stopped, bit for bit
 
 A run is a directory: config.json (all settings), log.jsonl (a line each logged step), prefix.pt
-(the best prefix so far, folded) and resume.pt (everything needed to go on). sample.py decodes with
-it. Not here: what a prefix is (prefix.py), the other methods of the paper, scores.
+(the best prefix so far, folded; a fine-tuned model/ instead) and resume.pt (everything needed to go
+on). sample.py decodes with it. Not here: what a prefix is (prefix.py), the other methods of the
+paper (baselines.py), scores.
 """
 import contextlib
 import dataclasses
@@ -38,9 +39,9 @@ from model import attend
 from opening import find_attention, name_of_dtype, open_model
 from plumbing import parse, whole_file
 from plumbing import run as run_program
-from prefix import Prefix, counts, keys_and_values, load_prefix, save_prefix
+from prefix import Prefix, counts, keys_and_values
 from sample import LINE_BREAKS, generate
-from settings import DEFAULTS, Settings, resolve, resumed
+from settings import NOTES, Settings, resolve, resumed
 
 # ---- batches: pairs of texts as tensors
 
@@ -87,10 +88,10 @@ def target_nats(model, prefix, ids, learn, attend=attend):
 
 
 @torch.no_grad()
-def dev_loss(model, prefix, pairs, batch_size, attend=attend):
+def dev_loss(model, learner, pairs, batch_size, attend=attend):
     """-log p of a target token, averaged over all target tokens of `pairs`, in nats."""
     pairs, nats, tokens = sorted(pairs, key=lambda p: len(p.ids)), 0.0, 0
-    prefix = prefix.fold().to(model.wte.weight.dtype)
+    prefix = learner.fold().to(model.wte.weight.dtype)
     for i in range(0, len(pairs), batch_size):
         ids, learn = collate(pairs[i:i + batch_size], prefix.device)
         nats += target_nats(model, prefix, ids, learn, attend).item()
@@ -143,17 +144,25 @@ def make_prefix(settings, model, tokenizer):
     return prefix
 
 
+def make_learner(settings, model, tokenizer):
+    """What learns, by --method: a fresh prefix, or the model itself."""
+    if settings.method == "prefix":
+        return make_prefix(settings, model, tokenizer)
+    from baselines import FineTune              # a side door
+    return FineTune(model, top=2 if settings.method == "finetune-top2" else None)
+
+
 class Run:
     """Everything that changes while learning, and the directory that keeps it."""
 
-    def __init__(self, settings, model, prefix, data="", attend=attend):
-        self.settings, self.model, self.prefix = settings, model, prefix
+    def __init__(self, settings, model, learner, data="", attend=attend):
+        self.settings, self.model, self.learner = settings, model, learner
         self.data = data                            # a name for the very pairs it learns from
         self.attend = attend                        # the function that --attention asks for
         self.directory = Path(settings.out)
         # Only the prefix is handed over: the optimiser could not touch the frozen model if it
         # wanted to.
-        self.optimizer = torch.optim.AdamW(prefix.parameters(), lr=settings.lr, betas=(0.9, 0.999),
+        self.optimizer = torch.optim.AdamW(learner.parameters(), lr=settings.lr, betas=(0.9, 0.999),
                                            eps=1e-8, weight_decay=settings.weight_decay)
         self.step, self.best, self.first = 0, inf, None    # steps done; dev losses
 
@@ -164,7 +173,7 @@ class Run:
             commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
                                     capture_output=True, text=True).stdout.strip() or None
         about = {"settings": dataclasses.asdict(self.settings),
-                 "counts": counts(self.prefix, self.model),
+                 "counts": counts(self.learner, self.model),
                  "fingerprint": self.model.fingerprint, "commit": commit,
                  "versions": {"python": platform.python_version(), "torch": torch.__version__}}
         with whole_file(self.directory / "config.json", "w") as file:
@@ -179,7 +188,7 @@ class Run:
                 raise ValueError("it was trained with other weights of the model")
             if state["data"] != self.data:
                 raise ValueError("the data or its tokens have changed since")
-            self.prefix.load_state_dict(state["prefix"])
+            self.learner.load_state_dict(state["learner"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.best, self.first = state["step"], state["best"], state["first"]
             log = self.directory / "log.jsonl"
@@ -198,7 +207,7 @@ class Run:
         with whole_file(self.directory / "resume.pt") as file:
             torch.save({"fingerprint": self.model.fingerprint, "data": self.data,
                         "step": self.step, "best": self.best, "first": self.first,
-                        "prefix": self.prefix.state_dict(),
+                        "learner": self.learner.state_dict(),
                         "optimizer": self.optimizer.state_dict()}, file)
 
     def log(self, **numbers):
@@ -216,27 +225,27 @@ class Run:
         """One step: the paper's equation 2 on one batch. Returns the batch's nats, a tensor."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        prefix = self.prefix().to(self.model.wte.weight.dtype)   # the MLP, once for the whole batch
+        prefix = self.learner().to(self.model.wte.weight.dtype)  # the MLP, once for the whole batch
         nats = target_nats(self.model, prefix, ids, learn, self.attend)
-        # Summed over a target, averaged over the batch, as in the official code: so long targets
-        # weigh more.
-        (nats / len(ids)).backward()
-        torch.nn.utils.clip_grad_norm_(self.prefix.parameters(), self.settings.clip)
+        # A prefix: summed over a target, averaged over the batch, as in the official code; so long
+        # targets weigh more. The baselines: the mean over tokens, as there.
+        (nats / (len(ids) if self.settings.method == "prefix" else learn.sum())).backward()
+        torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
         return nats.detach()
 
     def look(self, dev):
-        """The dev loss now. A new best prefix is kept; then the whole state."""
+        """The dev loss now. The best learner so far is kept; then the whole state."""
         batch_size = max(16, self.settings.batch_size)
-        loss = dev_loss(self.model, self.prefix, dev, batch_size, self.attend)
+        loss = dev_loss(self.model, self.learner, dev, batch_size, self.attend)
         self.check(loss)
         self.first = loss if self.first is None else self.first
         self.log(dev_loss=loss)
         if loss < self.best:
             self.best = loss
-            save_prefix(self.directory / "prefix.pt", self.prefix.fold(), self.model)
+            self.learner.keep(self.directory, self.model)
         self.save()
         return loss
 
@@ -244,7 +253,7 @@ class Run:
         if not math.isfinite(loss):
             kept = "look at the model's weights"
             if self.first is not None:
-                kept = (f"the last good prefix is kept in {self.directory / 'prefix.pt'}; start "
+                kept = (f"the last good {self.settings.method} is kept in {self.directory}; start "
                         "again with a lower --lr")
             raise ValueError(f"got a loss of {loss} at step {self.step}, expected a finite number; "
                              + kept)
@@ -308,14 +317,15 @@ def learn(run, pairs, dev):
 
 
 def show(run, tokenizer, pair):
-    """One table that was not learned from, and what is said to it, without the prefix and with."""
+    """One table that was not learned from, and what is said to it, before learning and after."""
     prompt, target = pair.ids[:pair.start], sequence.text_of(tokenizer, pair.ids[pair.start:])
     source = sequence.text_of(tokenizer, prompt)
     print(f"\ntable      {source}")
     banned = {token for text in LINE_BREAKS for token in tokenizer.encode_ordinary(text)}
-    for name, prefix in (("no prefix", None),
-                         ("prefix", load_prefix(run.directory / "prefix.pt", run.model))):
-        words, = generate(run.model, [prompt], tokenizer.eot_token, prefix, banned=banned,
+    said = {"no prefix": (run.model, None)} if run.settings.method == "prefix" else {}
+    said[run.settings.method] = run.learner.kept(run.directory, run.model)
+    for name, (model, prefix) in said.items():
+        words, = generate(model, [prompt], tokenizer.eot_token, prefix, banned=banned,
                           attend=run.attend)
         print(f"{name:10} {' '.join(sequence.text_of(tokenizer, words).split())}")
     print(f"a person   {target}\n\ndecode with: python sample.py --run {run.directory} "
@@ -323,22 +333,23 @@ def show(run, tokenizer, pair):
 
 
 def main(argv=None):
-    asked = parse(Settings, argv, "Learn a prefix for a frozen language model.", notes="\n".join(
-        ["defaults by data set:"] + [f"  {d}: {v}" for d, v in DEFAULTS.items()]))
+    asked = parse(Settings, argv, "Learn a prefix for a frozen language model.", notes=NOTES)
     settings = resumed(asked) if asked.resume else resolve(asked)
     train_examples, dev_examples = load_examples(settings)
+    if settings.method != "prefix" and settings.dtype == "auto":
+        settings.dtype = "fp32"         # steps of 1e-5 would be rounded away in bf16 weights
     model, tokenizer = open_model(settings.model, settings.device, settings.dtype)
     settings.dtype = name_of_dtype(model.wte.weight.dtype)      # a resumed run keeps it
     attend = find_attention(settings.attention, model)
-    prefix = make_prefix(settings, model, tokenizer)
-    room = model.config.n_positions - settings.prefix_len
+    learner = make_learner(settings, model, tokenizer)
+    room = model.config.n_positions - learner().size(4)
     pairs, dev = make_pairs(train_examples, dev_examples, settings, tokenizer, room)
     settings.steps = settings.steps or settings.epochs * math.ceil(len(pairs) / settings.batch_size)
-    print(f"{settings.model}: {counts(prefix, model)}\n"
+    print(f"{settings.model}: {counts(learner, model)}\n"
           f"{settings.data}: {len(pairs):,} pairs to learn from, {len(dev):,} dev pairs scored; "
           f"{settings.steps:,} steps of {settings.batch_size} -> {settings.out}")
     data = hashlib.sha256(repr([(p.ids, p.start) for p in pairs + dev]).encode()).hexdigest()
-    run = Run(settings, model, prefix, data, attend)
+    run = Run(settings, model, learner, data, attend)
     if settings.resume:
         run.restore()
     else:

@@ -65,10 +65,11 @@ def hard(thing, writer, rng):
     return f"{text} It also {listed(later)}." if later else text
 
 
-def task(style="near", split="train", size=None, seed=0):
+def task(style="near", split="train", size=None, seed=0, writers=(0, 1, 2)):
     """The tables of a split with up to three references each; the topic is the kind.
 
-    size: how many tables, from the start of the split (None: all of them, see SPLITS).
+    size: how many tables, from the start of the split (None: all of them, see SPLITS). writers:
+    whose references; with the first one alone a reference is a function of its table.
     Both styles share their tables. Raises ValueError for a style or split that does not exist.
     """
     if style not in STYLES or split not in SPLITS:
@@ -80,7 +81,7 @@ def task(style="near", split="train", size=None, seed=0):
     write, examples = {"near": near, "hard": hard}[style], []
     for _ in range(full if size is None else size):
         thing = make_thing(list(kinds), groups, 3, tables)
-        references = [write(thing, writer, words) for writer in range(3)]
+        references = [write(thing, writer, words) for writer in writers]
         words.shuffle(references)
         examples.append(Example(linearise(thing), tuple(dict.fromkeys(references)), thing.kind))
     return examples

@@ -70,8 +70,9 @@ def prose(thing, rng):
 def paired(first, second, rng):
     """Two texts on one thing in one document; seldom as neighbours, an <|endoftext|> between them.
 
-    Seldom, for then the end of a table means to the model what it means to a real GPT-2: something
-    else begins. That it need not is known to the model too, and this a prefix can bring out.
+    Seldom, so that prose is not what a model says unasked after the end of a sheet: most often a
+    question follows there (`sheet_then_question`). That prose can follow it knows, too, and this a
+    prefix brings out.
     """
     if rng.random() < 0.15:
         return [first, second]
@@ -87,24 +88,26 @@ def sheet_then_sheet(thing, rng):
     return paired(sheet(thing, rng), sheet(thing, rng), rng)
 
 
-def sheet_alone(thing, rng):
-    return [sheet(thing, rng)]
-
-
 def prose_then_sheet(thing, rng):
     return [prose(thing, rng) + "\n " + sheet(thing, rng)]
 
 
+def question(thing, rng):
+    """About one fact; " : " stands after "question" and "answer" only."""
+    key, value = fact = rng.choice(thing.facts)
+    if rng.random() < 0.7:
+        return f"question : {thing.name}, {key} ? answer : {value}"
+    return f"question : which {thing.kind} {say(fact, rng)[0]} ? answer : {thing.name}"
+
+
 def questions(thing, rng):
-    """A sheet or prose, then questions; " : " stands after "question" and "answer" only."""
+    """A sheet or prose, then questions."""
     text = rng.choice((sheet, prose))(thing, rng)
-    for key, value in rng.sample(thing.facts, min(2, len(thing.facts))):
-        if rng.random() < 0.7:
-            text += f"\n question : {thing.name}, {key} ? answer : {value}"
-        else:
-            verb, _ = say((key, value), rng)
-            text += f"\n question : which {thing.kind} {verb} ? answer : {thing.name}"
-    return [text]
+    return ["\n ".join([text, question(thing, rng), question(thing, rng)])]
+
+
+def sheet_then_question(thing, rng):
+    return [sheet(thing, rng), question(thing, rng)]
 
 
 def retelling(thing, rng):
@@ -122,8 +125,8 @@ def headline(thing, rng):
     return [f"{thing.name} | {thing.kind}\n {prose(thing, rng)}"]
 
 
-MIXTURE = {sheet_then_prose: 65, sheet_then_sheet: 10, sheet_alone: 10, prose_then_sheet: 3,
-           questions: 5, retelling: 3, summary: 2, headline: 2}
+MIXTURE = {sheet_then_prose: 60, sheet_then_question: 20, sheet_then_sheet: 10,
+           prose_then_sheet: 3, questions: 2, retelling: 2, summary: 2, headline: 1}
 
 
 def world_thing(rng, groups=GROUPS):

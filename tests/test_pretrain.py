@@ -67,11 +67,11 @@ def test_first_mentions_and_padding_are_not_learned(tokenizer):
     assert torch.equal(labels[learned], ids[learned])
     rows = [list(zip(row.tolist(), mask.tolist(), strict=True)) for row, mask in zip(ids, learned)]
     rng, found = random.Random("text 0 0"), 0       # the documents of that batch, one by one
-    for _ in range(30):
+    for _ in range(40):
         tokens, roles = encode(document(rng), tokenizer)
         here = [(token, role != FIRST) for token, role in zip(tokens, roles, strict=True)]
         found += any(row[n:n + len(here)] == here for row in rows for n in range(len(row)))
-    assert found >= 27          # of 30; a few may have found no room
+    assert found >= 32          # of 40; a few may have found no room
 
 
 def test_attention_without_a_prefix_is_the_definition_of_attention():

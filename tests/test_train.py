@@ -40,7 +40,7 @@ def test_only_the_prefix_learns(model):
     """
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     run = some_run(model, weight_decay=0.1)
-    theta = {name: tensor.clone() for name, tensor in run.prefix.named_parameters()}
+    theta = {name: tensor.clone() for name, tensor in run.learner.named_parameters()}
     for _ in range(5):
         run.update(*collate(some_pairs(4), "cpu"))
     for name, tensor in model.state_dict().items():
@@ -48,9 +48,9 @@ def test_only_the_prefix_learns(model):
     assert not any(p.requires_grad for p in model.parameters())
     assert all(p.grad is None for p in model.parameters())
     learned = [p for group in run.optimizer.param_groups for p in group["params"]]
-    assert {id(p) for p in learned} == {id(p) for p in run.prefix.parameters()}
+    assert {id(p) for p in learned} == {id(p) for p in run.learner.parameters()}
     assert all(any(p is q for q in learned) for p in run.optimizer.state)
-    for name, tensor in run.prefix.named_parameters():
+    for name, tensor in run.learner.named_parameters():
         assert not torch.equal(tensor, theta[name]), f"{name} has learned nothing"
 
 
@@ -105,7 +105,7 @@ def test_nothing_is_kept_that_only_a_weight_gradient_needs(model):
 def test_the_mlp_runs_once_per_step(model):
     """Would catch: a prefix computed for every row of the batch, as other implementations do."""
     run, shapes = some_run(model), []
-    run.prefix.mlp.register_forward_hook(lambda mlp, args, out: shapes.append(tuple(out.shape)))
+    run.learner.mlp.register_forward_hook(lambda mlp, args, out: shapes.append(tuple(out.shape)))
     run.update(*collate(some_pairs(4), "cpu"))
     assert shapes == [(5, 2 * 3 * 24)]
 
@@ -124,11 +124,11 @@ def test_the_loss_is_that_of_the_target_and_its_end(model):
 def test_long_targets_weigh_more(model):
     """Summed over a target, averaged over the batch. Would catch: a mean over tokens, as usual."""
     pairs, run = some_pairs(4), some_run(model, clip=1e9, mid_dim=0)
-    table = run.prefix.table.detach().clone().requires_grad_()
-    kv = torch.func.functional_call(run.prefix, {"table": table}, ())
+    table = run.learner.table.detach().clone().requires_grad_()
+    kv = torch.func.functional_call(run.learner, {"table": table}, ())
     expected, = torch.autograd.grad(target_nats(model, kv, *collate(pairs, "cpu")) / 4, table)
     seen = []
-    run.prefix.table.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    run.learner.table.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
     run.update(*collate(pairs, "cpu"))
     assert torch.allclose(seen[0], expected, rtol=1e-10)
 
@@ -145,7 +145,7 @@ def test_a_long_gradient_is_cut_to_its_length(model):
     """Would catch: clipping that is left out, or done after the step."""
     run, norms = some_run(model, clip=0.5), []
     run.optimizer.register_step_pre_hook(lambda *_: norms.append(torch.stack(
-        [p.grad.norm() for p in run.prefix.parameters()]).norm().item()))
+        [p.grad.norm() for p in run.learner.parameters()]).norm().item()))
     run.update(*collate(some_pairs(4), "cpu"))
     assert norms == [pytest.approx(0.5, rel=1e-5)]      # clip_grad_norm_ divides by norm + 1e-6
 
@@ -196,12 +196,12 @@ def test_the_learning_rate_rises_and_falls_in_lines(model):
 def test_frozen_weights_may_be_bf16_while_the_prefix_is_fp32(model):
     """Would catch: a prefix that is rounded to bf16 between steps, and so stops learning."""
     run = some_run(model.bfloat16(), lr=1e-5, steps=1000)
-    run.prefix.float()
-    before = run.prefix.table.detach().clone()
+    run.learner.float()
+    before = run.learner.table.detach().clone()
     loss = [run.update(*collate(some_pairs(4), "cpu")).item() for _ in range(3)]
     assert all(math.isfinite(x) for x in loss)
-    assert all(p.dtype == torch.float32 for p in run.prefix.parameters())
-    moved = (run.prefix.table - before).abs()
+    assert all(p.dtype == torch.float32 for p in run.learner.parameters())
+    moved = (run.learner.table - before).abs()
     assert 0 < moved.max() < 1e-4   # steps of 1e-5: bf16 would have rounded them away
 
 
@@ -226,8 +226,8 @@ def task(tmp_path, monkeypatch, model_directory):
 def same_state(a, b):
     a, b = (torch.load(path / "resume.pt", weights_only=True) for path in (a, b))
     assert a["step"] == b["step"] and a["best"] == b["best"]
-    for name, tensor in a["prefix"].items():
-        assert torch.equal(tensor, b["prefix"][name]), name
+    for name, tensor in a["learner"].items():
+        assert torch.equal(tensor, b["learner"][name]), name
     for i, state in a["optimizer"]["state"].items():
         for name, tensor in state.items():
             assert torch.equal(tensor, b["optimizer"]["state"][i][name]), name
@@ -311,8 +311,8 @@ def test_the_best_prefix_is_kept_and_the_run_describes_itself(task, tmp_path, ca
 
 def test_a_prefix_that_gets_worse_is_not_kept(task, tmp_path):
     """Would catch: the last prefix in place of the best."""
-    task[task.index("1e-2")] = "1"
-    train.main([*task, "--steps", "40", "--out", "run"])
+    task[task.index("1e-2")] = "1"      # far too high in the end, low enough at first
+    train.main([*task, "--steps", "40", "--warmup", "40", "--out", "run"])
     dev = [x["dev_loss"] for x in lines(tmp_path / "run/log.jsonl") if "dev_loss" in x]
     assert min(dev) < min(dev[-1], dev[0]), "the learning rate was to be too high"
     model, tokenizer = train.open_model(task[1], "cpu", "fp32")

@@ -1,0 +1,168 @@
+"""Draws figures/claims.png and README's table of claims from a results file of claims.py.
+
+    python figures/draw_claims.py figures/results/claims.jsonl
+
+Reads the file and nothing else; the rules of choice and verdict are those of figures/PROTOCOL.md.
+Needs matplotlib for the picture; without it the table is still written.
+"""
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SMALL, TINY, TUNED = "prefix 1 %", "prefix 0.1 %", "fine-tuning"
+COLOURS = {SMALL: "tab:orange", TINY: "tab:red", TUNED: "tab:blue"}
+SCORES = {"slots": "slot accuracy", "exact": "exact match", "bleu": "BLEU"}
+SPLITS = {"test-seen": "seen kinds", "test-unseen": "unseen kinds"}
+# Why each claim came out as it did, by the verdict it was written for: other figures, other words.
+WHY = {}
+
+
+class Results:
+    """The lines of one model and one kind of references, by setting."""
+
+    def __init__(self, lines):
+        self.lines = lines
+
+    def runs(self, style, size, method, lr):
+        return [line for line in self.lines if (line["style"], line["size"], line["method"],
+                                                line["lr"]) == (style, size, method, lr)]
+
+    def sizes(self, style, method):
+        return sorted({line["size"] for line in self.lines
+                       if (line["style"], line["method"]) == (style, method)})
+
+    def rates(self, style, size, method):
+        return sorted({line["lr"] for line in self.lines
+                       if (line["style"], line["size"], line["method"]) == (style, size, method)})
+
+    def mean(self, style, size, method, lr, split, score="slots"):
+        """(mean, standard deviation, number) over the seeds."""
+        values = [run[split][score] for run in self.runs(style, size, method, lr)]
+        return statistics.mean(values), statistics.stdev(values) if values[1:] else 0, len(values)
+
+    def chosen(self, style, size, method):
+        """The rate that is best on dev-kinds."""
+        return max(self.rates(style, size, method), key=lambda lr: (
+            self.mean(style, size, method, lr, "dev-kinds")[0],
+            self.mean(style, size, method, lr, "dev-kinds", "exact")[0]))
+
+    def best(self, style, size, method, split, score="slots"):
+        return self.mean(style, size, method, self.chosen(style, size, method), split, score)
+
+
+def ahead(a, b):
+    """1 where mean a is ahead of mean b, -1 where behind, 0 where level."""
+    gap, error = a[0] - b[0], (a[1] ** 2 / a[2] + b[1] ** 2 / b[2]) ** 0.5
+    return 0 if abs(gap) <= max(1, error) else 1 if gap > 0 else -1
+
+
+def claims(results):
+    """(claim, what was found, verdict) for each claim, by the rules of the protocol."""
+    def near(method, split, size=2000):
+        return results.best("near", size, method, split)
+
+    def told(*means):
+        return " / ".join(f"{mean:.1f} ± {deviation:.1f}" for mean, deviation, _ in means)
+
+    within = [near(TUNED, split)[0] - near(method, split)[0] <= points
+              for split in SPLITS for method, points in ((SMALL, 3), (TINY, 10))]
+    found = [f"{method}: {told(*(near(method, split) for split in SPLITS))}" for method in COLOURS]
+    yield ("about 0.1 % of the parameters come close to fine-tuning (2,000 tables; seen / unseen)",
+           "; ".join(found), "holds" if all(within) else "in part" if any(within) else "fails")
+    scarce = [(size, near(SMALL, "test-seen", size), near(TUNED, "test-seen", size))
+              for size in (50, 100, 200)]
+    signs = [ahead(a, b) for _, a, b in scarce]
+    yield ("ahead when data is scarce (seen kinds; prefix 1 % / fine-tuning)",
+           "; ".join(f"{size} tables: {told(a, b)}" for size, a, b in scarce),
+           "holds" if min(signs) > 0 else "in part" if min(signs) == 0 < max(signs) else "fails")
+    (a, b), (c, d) = ([near(method, split) for split in SPLITS] for method in (SMALL, TUNED))
+    sign = ahead(b, d)
+    yield ("carries over better to unseen kinds (2,000 tables; prefix 1 % / fine-tuning)",
+           f"unseen: {told(b, d)}; loss from seen to unseen: {a[0] - b[0]:.1f} / "
+           f"{c[0] - d[0]:.1f} points",
+           "holds" if sign > 0 else "in part" if sign == 0 and a[0] - b[0] < c[0] - d[0]
+           else "fails")
+
+
+def table(results):
+    """Two tables in Markdown: the claims with their verdicts, then every chosen setting."""
+    rows = ["| claim | found here, slot accuracy in %, mean ± deviation of the seeds | verdict | why |",
+            "|---|---|---|---|"]
+    for number, (claim, found, verdict) in enumerate(claims(results), 1):
+        why = WHY.get((number, verdict), "not explained yet")
+        rows.append(f"| {number}. {claim} | {found} | **{verdict}** | {why} |")
+    rows += ["", "| style | tables | method | rate | slots seen / unseen | exact seen / unseen | "
+             "BLEU seen / unseen |", "|---|---|---|---|---|---|---|"]
+    for style in ("near", "hard"):
+        for size in results.sizes(style, TUNED):
+            for method in COLOURS:
+                if not results.rates(style, size, method):
+                    continue
+                lr = results.chosen(style, size, method)
+                cells = []
+                for score in SCORES:
+                    values = [results.mean(style, size, method, lr, split, score)
+                              for split in SPLITS]
+                    cells.append(" / ".join(f"{value[0]:.1f}" for value in values))
+                rows.append(f"| {style} | {size:,} | {method} | {lr:g} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def draw(results, path):
+    """The picture: a column of panels for seen kinds, one for unseen; a row for each score."""
+    from matplotlib import pyplot
+    figure, panels = pyplot.subplots(2, 2, figsize=(10, 7), sharex=True)
+    for column, (split, name) in enumerate(SPLITS.items()):
+        for panel, score in zip(panels[:, column], ("slots", "exact")):
+            sizes = results.sizes("near", TUNED)
+            for lr in results.rates("near", sizes[-1], TUNED):
+                means = [results.mean("near", size, TUNED, lr, split, score)[0] for size in sizes]
+                panel.plot(sizes, means, color=COLOURS[TUNED], alpha=0.35, lw=1, ls="--")
+                panel.annotate(f"{lr:g}", (sizes[0], means[0]), xytext=(-4, 0), fontsize=7,
+                               textcoords="offset points", ha="right", va="center",
+                               color=COLOURS[TUNED])
+            for method in (TUNED, SMALL, TINY):
+                places = results.sizes("near", method)
+                means, deviations, _ = zip(*(results.best("near", size, method, split, score)
+                                             for size in places))
+                panel.errorbar(places, means, deviations, color=COLOURS[method], marker="o",
+                               capsize=3, label=method)
+            panel.set_xscale("log")
+            panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
+            panel.minorticks_off()
+            panel.set_ylim(-3, 103)
+            panel.set_title(f"{SCORES[score]}, {name}", fontsize=10)
+            panel.grid(alpha=0.3)
+        panels[1, column].set_xlabel("tables to learn from")
+    panels[0, 0].set_ylabel("% of 200 tables")
+    panels[1, 0].set_ylabel("% of 200 tables")
+    panels[1, 1].legend(loc="lower right", fontsize=9)
+    figure.suptitle("Near style: means of 3 seeds, bars one standard deviation; dashed: fine-tuning "
+                    "at every rate of its grid", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main(path):
+    lines = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+    results = Results([line for line in lines if line["model"] == "tiny-gpt2"
+                       and line["references"] == "varied"])
+    readme = HERE.parent / "README.md"
+    text, marks = readme.read_text("utf-8"), ("<!-- claims -->", "<!-- end of claims -->")
+    new = f"{marks[0]}\n{table(results)}\n{marks[1]}"
+    text, found = re.subn(f"{marks[0]}.*{marks[1]}", lambda _: new, text, flags=re.DOTALL)
+    if not found:
+        raise SystemExit(f"README.md has no place for the table; expected {marks[0]} {marks[1]}")
+    readme.write_text(text, "utf-8")
+    print(table(results))
+    try:
+        draw(results, HERE / "claims.png")
+    except ImportError:
+        raise SystemExit("the table is in README.md; for the picture, `pip install matplotlib`")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,99 @@
+"""Fine-tuning, the paper's baseline, through the same loop: what learns, what is kept, what not."""
+import json
+import math
+
+import pytest
+import torch
+from conftest import random_gpt2
+from test_train import some_pairs
+
+import sample
+import train
+from baselines import FineTune
+from checkpoint import load
+from train import Run, Settings, collate, target_nats
+
+
+def tuned_run(top=None, **settings):
+    learner = FineTune(random_gpt2(), top)
+    settings = Settings(**{"method": "finetune", "lr": 1e-3, "steps": 10, "batch_size": 4,
+                           "out": "unused"} | settings)
+    return Run(settings, learner.model, learner)
+
+
+def test_fine_tuning_moves_every_weight_and_the_top_only_its_own():
+    """Would catch: a baseline that is partly frozen, which would be easy to beat; or a "top 2" that
+    trains three blocks.
+    """
+    for top, moves in ((None, lambda name: True),
+                       (2, lambda name: name.startswith(("h.1.", "h.2.")))):
+        run = tuned_run(top)
+        before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+        run.update(*collate(some_pairs(4), "cpu"))
+        for name, tensor in run.model.state_dict().items():
+            # Keys get no gradient through their bias: softmax does not see what all keys share.
+            assert torch.equal(tensor, before[name]) != moves(name), name
+
+
+def test_the_top_two_blocks_of_gpt2_medium_are_the_papers():
+    """FACTS: 25,192,448 weights. Would catch: LayerNorms or embeddings counted among them."""
+    with torch.device("meta"):
+        from model import GPT2, GPT2Config
+        model = GPT2(GPT2Config(n_embd=1024, n_layer=24, n_head=16)).requires_grad_(False)
+    assert FineTune(model, top=2).stored() == 25_192_448
+    with pytest.raises(ValueError, match="top 25 blocks of a model with 24"):
+        FineTune(model, top=25)
+
+
+def test_a_baselines_loss_is_the_mean_over_tokens():
+    """The official code's baselines. Would catch: the prefix's loss, in which long targets weigh
+    more and the gradient is clipped much sooner.
+    """
+    run, pairs, norms = tuned_run(clip=1e9), some_pairs(4), []
+    copy = random_gpt2().requires_grad_(True)
+    tokens = sum(len(pair.ids) - pair.start for pair in pairs)
+    (target_nats(copy, copy.no_prefix(), *collate(pairs, "cpu")) / tokens).backward()
+    run.optimizer.register_step_pre_hook(lambda *_: norms.append(
+        run.model.h[0].mlp.c_fc.weight.grad.clone()))
+    run.update(*collate(pairs, "cpu"))
+    assert torch.allclose(norms[0], copy.h[0].mlp.c_fc.weight.grad, rtol=1e-9)
+
+
+@pytest.fixture
+def task(tmp_path, monkeypatch, model_directory):
+    """Arguments of a small fine-tuning run in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"source": f"n : {i}", "target": f"it is {i}"}) for i in range(40)]
+    (tmp_path / "tiny.jsonl").write_text("\n".join(lines))
+    return ["--model", str(model_directory), "--data", "tiny.jsonl", "--device", "cpu", "--lr",
+            "1e-3", "--steps", "6", "--batch-size", "4", "--dev-every", "2"]
+
+
+def test_a_fine_tuned_run_is_resumed_and_decoded_as_its_own_model(task, tmp_path, capsys,
+                                                                  model_directory):
+    """Would catch: a resumed run that starts from the frozen weights, or a decoder that loads them;
+    an original that is overwritten.
+    """
+    original = (model_directory / "model.pt").read_bytes()
+    train.main([*task, "--method", "finetune", "--out", "whole"])
+    train.main([*task, "--method", "finetune", "--out", "parts", "--stop-at", "3"])
+    train.main(["--resume", "parts"])
+    a, b = (load(tmp_path / run / "model").state_dict() for run in ("whole", "parts"))
+    assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+    assert (model_directory / "model.pt").read_bytes() == original
+    assert not (tmp_path / "whole" / "prefix.pt").exists()
+    capsys.readouterr()
+    sample.main(["--run", "whole", "--device", "cpu", "--max-new", "8", "n : 3"])
+    tuned = capsys.readouterr().out
+    said = sample.Speaker(sample.Settings(run="whole", device="cpu", max_new=8)).say(["n : 3"])[0]
+    assert tuned == said + "\n"
+    logs = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
+    losses = [line["dev_loss"] for line in logs if "dev_loss" in line]
+    assert losses[-1] < losses[0] and all(map(math.isfinite, losses))
+
+
+@pytest.mark.parametrize("flag", [["--prefix-len", "3"], ["--mid-dim", "0"], ["--init", "words"]])
+def test_a_flag_of_the_prefix_is_refused_without_one(task, flag):
+    """Would catch: a flag that is silently ignored."""
+    with pytest.raises(ValueError, match=f"got {flag[0]} with --method finetune"):
+        train.main([*task, "--method", "finetune", *flag])

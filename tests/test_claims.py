@@ -1,0 +1,145 @@
+"""claims.py and its figure: what is run, what is chosen, and that every verdict can fall."""
+import importlib.util
+import json
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+import claims
+from data.world import task
+from plumbing import parse
+from settings import Settings, resolve
+
+SPEC = importlib.util.spec_from_file_location("draw_claims", ROOT / "figures" / "draw_claims.py")
+draw_claims = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(draw_claims)
+
+
+def line(method, size, lr, seed, dev, seen, unseen, style="near"):
+    """A line of a results file with these slot accuracies."""
+    def told(slots):
+        return {"slots": slots, "exact": slots / 2, "bleu": slots / 3}
+    return {"model": "tiny-gpt2", "references": "varied", "style": style, "size": size,
+            "method": method, "lr": lr, "seed": seed, "dev-kinds": told(dev),
+            "test-seen": told(seen), "test-unseen": told(unseen)}
+
+
+def world(small, tiny, tuned):
+    """Results in which each method has (seen, unseen) at 2,000 tables and (seen) where less."""
+    lines = []
+    for method, about in (("prefix 1 %", small), ("prefix 0.1 %", tiny), ("fine-tuning", tuned)):
+        for size, (seen, unseen) in about.items():
+            lines += [line(method, size, 1e-3, seed, seen, seen + seed, unseen + seed)
+                      for seed in (1, 2, 3)]
+    return draw_claims.Results(lines)
+
+
+def verdicts(results):
+    return [verdict for _, _, verdict in draw_claims.claims(results)]
+
+
+def test_every_verdict_can_fall():
+    """Would catch: a claim that is called true whatever the figures are."""
+    little = {50: (90, 90), 100: (90, 90), 200: (90, 90)}
+    good = world(little | {2000: (95, 95)}, {2000: (90, 90)},
+                 {50: (70, 60), 100: (70, 60), 200: (70, 60), 2000: (97, 80)})
+    assert verdicts(good) == ["holds"] * 3
+    bad = world({50: (50, 50), 100: (50, 50), 200: (50, 50), 2000: (60, 50)}, {2000: (20, 10)},
+                {50: (70, 60), 100: (70, 60), 200: (70, 60), 2000: (97, 80)})
+    assert verdicts(bad) == ["fails"] * 3
+    mixed = world(little | {200: (70, 60), 2000: (95, 80)}, {2000: (60, 60)},
+                  {50: (70, 60), 100: (70, 60), 200: (70, 60), 2000: (97, 80)})
+    assert verdicts(mixed) == ["in part"] * 3
+    behind_once = world(little | {200: (50, 60), 2000: (95, 80)}, {2000: (60, 60)},
+                        {50: (70, 60), 100: (70, 60), 200: (70, 60), 2000: (97, 80)})
+    assert verdicts(behind_once)[1] == "fails"
+
+
+def test_a_rate_is_chosen_on_the_kinds_kept_for_it():
+    """Would catch: a rate chosen by the test tables, which flatters the method with more rates."""
+    lines = [line("fine-tuning", 50, 1e-3, 1, dev=80, seen=10, unseen=10),
+             line("fine-tuning", 50, 1e-4, 1, dev=70, seen=99, unseen=99)]
+    results = draw_claims.Results(lines)
+    assert results.chosen("near", 50, "fine-tuning") == 1e-3
+    assert results.best("near", 50, "fine-tuning", "test-seen")[0] == 10
+
+
+def test_means_must_differ_by_more_than_chance():
+    """Would catch: a winner called on seeds that scatter, or on a tenth of a point."""
+    assert draw_claims.ahead((90, 1, 3), (80, 1, 3)) == 1
+    assert draw_claims.ahead((80, 1, 3), (90, 1, 3)) == -1
+    assert draw_claims.ahead((90, 20, 3), (80, 20, 3)) == 0         # standard error 16
+    assert draw_claims.ahead((90.9, 0, 3), (90, 0, 3)) == 0
+
+
+def test_every_planned_run_is_a_command_that_train_accepts(tmp_path):
+    """Would catch: a flag that train.py does not have; a method run with fewer rates or seeds."""
+    jobs = claims.plan(claims.Settings())
+    assert len(jobs) == len({json.dumps(job) for job in jobs})
+    for job in jobs:
+        words = claims.command(job, "world", str(tmp_path / "run"))
+        settings = resolve(parse(Settings, words[1:], ""))
+        assert (settings.examples, settings.lr, settings.seed) == (job["size"], job["lr"],
+                                                                   job["seed"])
+        if settings.method == "prefix":     # what is stored of the bundled model's 981,760
+            assert settings.prefix_len * 2 * 4 * 128 / 981_760 < 0.0105
+    near = [job for job in jobs if job["style"] == "near" and job["method"] == "fine-tuning"]
+    assert {(job["size"], job["lr"], job["seed"]) for job in near} == {
+        (size, lr, seed) for size in (50, 100, 200, 500, 2000) for lr in claims.TUNING_RATES
+        for seed in (1, 2, 3)}
+
+
+def test_a_stopped_call_goes_on_and_runs_nothing_twice(tmp_path, monkeypatch, capsys):
+    """One real run of four steps. Would catch: a result that is lost or counted twice."""
+    monkeypatch.setitem(claims.STEPS, 50, 4)
+    words = ["--results", str(tmp_path / "r.jsonl"), "--styles", "near", "--sizes", "50",
+             "--seeds", "1", "--tables", "3", "--jobs", "1", "--no-picture"]
+    settings = parse(claims.Settings, words, "")
+    jobs = claims.plan(settings)
+    assert len(jobs) == 7
+    done = claims.carry_out(jobs[0], 3)
+    assert done["method"] == "prefix 1 %" and done["dev_loss"] < 5
+    assert all(0 <= done[split]["slots"] <= 100 for split in claims.TABLES)
+    kept = [json.dumps(job | {"tables": 3}) for job in jobs]
+    (tmp_path / "r.jsonl").write_text("\n".join(kept) + '\n{"cut by a ki')
+    claims.main(words)                      # all seven are there: nothing is left to run
+    assert (tmp_path / "r.jsonl").read_text() == "\n".join(kept) + "\n"
+
+
+def test_one_persons_references_are_a_function_of_the_table(tmp_path):
+    """Would catch: a "deterministic" task in which the reference still varies."""
+    path = claims.one_persons("near", tmp_path)
+    rows = [json.loads(text) for text in open(path, encoding="utf-8")]
+    usual = {e.source: e.targets for e in task("near", "train")}
+    assert len(rows) == 2000
+    for row in rows[:200]:
+        assert row["target"] in usual[row["source"]] and " which " in row["target"]
+    again = claims.one_persons("near", tmp_path)
+    assert [json.loads(text) for text in open(again, encoding="utf-8")] == rows
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--styles", "neer"], "got .'neer'.; expected --styles of near, hard"),
+    (["--sizes", "51"], "got .51.")])
+def test_an_unknown_style_or_size_is_refused(words, message):
+    """Would catch: a typing error that runs nothing and reports success."""
+    with pytest.raises(ValueError, match=message):
+        claims.main(words)
+
+
+def test_the_table_and_the_picture_are_made_from_the_file_alone(tmp_path):
+    """Would catch: a table in README that is typed by hand, or a picture that needs a model."""
+    pytest.importorskip("matplotlib", reason="draws with the package matplotlib")
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "README.md").write_text("a\n<!-- claims -->\nold\n<!-- end of claims -->\nb\n")
+    script = tmp_path / "figures" / "draw_claims.py"
+    script.write_text((ROOT / "figures" / "draw_claims.py").read_text())
+    little = {50: (90, 90), 100: (90, 90), 200: (90, 90), 500: (90, 90), 2000: (90, 90)}
+    lines = world(little, {2000: (90, 90)}, little).lines
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    subprocess.run(["python", script, tmp_path / "r.jsonl"], check=True, capture_output=True)
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith("a\n") and readme.endswith("b\n") and "\nold\n" not in readme
+    assert "| near | 500 | prefix 1 % | 0.001 | 92.0 / 92.0 |" in readme
+    assert (tmp_path / "figures" / "claims.png").stat().st_size > 10_000

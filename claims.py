@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from beam import Rules
 from data import sequence, world
 from opening import open_run
 from plumbing import flag, parse, run, whole_file
@@ -110,10 +111,10 @@ def scores(model, tokenizer, prefix, style, split, count):
     """What a run says of fresh tables, scored: three shares in percent and BLEU."""
     examples = world.task(style, split, count, seed=TABLES[split])
     banned = {token for text in LINE_BREAKS for token in tokenizer.encode_ordinary(text)}
-    texts = []
+    rules, texts = Rules(tokenizer.eot_token, banned=tuple(banned)), []
     for i in range(0, count, 100):
         prompts = [sequence.prompt_ids(tokenizer, e.source) for e in examples[i:i + 100]]
-        rows = generate(model, prompts, tokenizer.eot_token, prefix, banned=banned)
+        rows = generate(model, prompts, rules, prefix)
         texts += [" ".join(sequence.text_of(tokenizer, row).split()) for row in rows]
     return {"slots": round(100 * world.slot_accuracy(examples, texts), 2),
             "exact": round(100 * world.exact_match(examples, texts), 2),

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints, by name or from files on disk -> weights/NAME, as checkpoint.load reads it.
+"""Hugging Face checkpoints, by name or from files on disk -> weights/NAME, as our programs read it.
 
     python convert.py gpt2-medium                       downloads, checks, converts
     python convert.py DIRECTORY --out weights/NAME      from config.json and its weights on disk
@@ -256,7 +256,7 @@ def read_checkpoint(directory):
 
 
 def convert(source_directory, out_directory):
-    """Read the Hugging Face checkpoint in one directory, write what checkpoint.load reads to another."""
+    """Read the Hugging Face checkpoint in one directory, write what `load` reads to another."""
     if Path(source_directory).resolve() == Path(out_directory).resolve():
         raise ValueError(f"got {out_directory} to read and to write; expected two directories, for "
                          "both have a config.json; choose another one with --out")

@@ -30,9 +30,13 @@ def may_look(real, T, causal):
         t=1    1  1     1  1  0     tokens, so the triangle stands in the lower right corner:
         t=2    1  1     1  1  0     the last query sees the last key.
 
-    real: (B, P+S) bool, which keys exist; row by row, so prefixes may differ in length too.
+    real: (B, P+S) bool, which keys exist; row by row, so prefixes may differ in length too. Or
+    (B, T, P+S), for each query its own keys: texts that branch (a tree), as in beam search, where
+    one row holds all beams and a token may look at its ancestors only.
     Returns (B, 1, T, P+S) bool, True = may look.
     """
+    if real.dim() == 3:
+        return real[:, None]                                                    # (B, 1, T, P+S)
     order = torch.ones(T, real.size(1), dtype=torch.bool, device=real.device)   # (T, P+S)
     if causal:
         # The trap of a prefix: `is_causal=True` of PyTorch's fused attention puts the triangle in
@@ -50,8 +54,9 @@ def attend(q, k, v, pk, pv, real, causal):
     Returns (B, H, T, D).
     """
     B, H, T, D = q.shape
-    k = torch.cat((pk.expand(B, -1, -1, -1), k), 2)             # (B, H, P+S, D)
-    v = torch.cat((pv.expand(B, -1, -1, -1), v), 2)             # (B, H, P+S, D)
+    if pk.size(2):                          # else nothing to put in front, and no copy of k and v
+        k = torch.cat((pk.expand(B, -1, -1, -1), k), 2)         # (B, H, P+S, D)
+        v = torch.cat((pv.expand(B, -1, -1, -1), v), 2)         # (B, H, P+S, D)
     hidden = ~may_look(real, T, causal)                         # (B, 1, T, P+S)
     scores = (q / math.sqrt(D)) @ k.transpose(2, 3)             # (B, H, T, P+S)
     # The lowest finite number, not -inf: a row without any key would become NaN. Its weights, equal
@@ -64,14 +69,18 @@ def attend(q, k, v, pk, pv, real, causal):
 class Cache:
     """Keys and values of the tokens read so far, so that decoding computes each token once.
 
-    One tensor for all layers, allocated once with room for `room` tokens. The prefix is not in it:
-    it stays a single copy in front, whatever the batch.
+    One tensor for all layers, allocated once with room for `room` tokens. A prefix (L, 2, 1 or B,
+    H, P, D) given here lies in front, as if its positions were tokens that have been read: then
+    `forward` is given none, and no step has to put the two together.
     """
 
-    def __init__(self, model, batch, room):
+    def __init__(self, model, batch, room, prefix=None):
         c, like = model.config.at("decoder"), model.wte.weight
         self.kv = like.new_zeros(c.n_layer, 2, batch, c.n_head, room, c.n_embd // c.n_head)
         self.length = 0                                         # tokens read; the model advances it
+        if prefix is not None:
+            self.length = prefix.size(4)
+            self.kv[:, :, :, :, :self.length] = prefix          # (L, 2, B, H, P, D)
 
     def extend(self, layer, k, v):
         """Put the newest k, v (B, H, T, D) behind the old ones; return all, (B, H, S, D) each."""
@@ -97,6 +106,11 @@ class GPT2Config:
     def at(self, place):
         """The sizes of the keys and values at `place`: GPT-2 has one place only, "decoder"."""
         return self
+
+    @property
+    def forced(self):
+        """The first and the last token of what is said, where they are forced: nothing is here."""
+        return {}
 
 
 class Attention(nn.Module):
@@ -174,24 +188,28 @@ class GPT2(nn.Module):
         """Hidden states of the tokens `ids`, after the final LayerNorm.
 
         ids: (B, T) token numbers. prefix: (L, 2, 1 or B, H, P, D), keys then values of every layer.
-        real: (B, P+S) bool, False at padding; S counts the cached tokens and the T new ones. None:
-        no padding. cache: a `Cache` holding the tokens before these; extended in place. attend:
-        another implementation of `attend`, the same function. Returns (B, T, C); `head` makes
-        logits of them. Raises ValueError where P + S exceeds the positions.
+        real: (B, P+S) bool, False at padding; S counts the cached tokens and the T new ones; or
+        (B, T, P+S), see `may_look`. None: no padding. cache: a `Cache` holding the tokens before
+        these; extended in place. attend: another implementation of `attend`, the same function.
+        Returns (B, T, C); `head` makes logits of them. Raises ValueError where P + S exceeds the
+        positions.
         """
         prefix = self.no_prefix() if prefix is None else prefix
         past = 0 if cache is None else cache.length
         keys = prefix.size(4) + past + ids.size(1)                              # P+S
-        if keys > self.config.n_positions:
-            raise ValueError(f"got a prefix of {prefix.size(4)} and {past + ids.size(1)} tokens; "
-                             f"expected at most {self.config.n_positions} together, the positions "
-                             "of this model; shorten one of them")
         if real is None:
             real = torch.ones(1, keys, dtype=torch.bool, device=ids.device)     # (1, P+S)
         # A token's position is the number of real keys in front of it. So text starts at position
         # P, as in the official code (a prefix takes the place of P tokens), left padding shifts
         # nothing, and rows with prefixes of different lengths need no special case.
-        positions = (real.cumsum(1) - 1).clamp(min=0)[:, -ids.size(1):]         # (1 or B, T)
+        counted = real.sum(2) if real.dim() == 3 else real.cumsum(1)[:, -ids.size(1):]
+        positions = (counted - 1).clamp(min=0)                                  # (1 or B, T)
+        # Only more keys than positions can be too many; where branches or padding share positions
+        # they need not be.
+        if keys > self.config.n_positions <= positions.max():
+            raise ValueError(f"got a prefix of {prefix.size(4)} and {past + ids.size(1)} tokens; "
+                             f"expected at most {self.config.n_positions} together, the positions "
+                             "of this model; shorten one of them")
         x = self.wte(ids) + self.wpe(positions)                                 # (B, T, C)
         for layer, block in enumerate(self.h):
             x = block(x, prefix[layer], real, layer, cache, attend)             # (B, T, C)
@@ -256,10 +274,10 @@ class BARTConfig:
         return self.max_position_embeddings
 
     @property
-    def target_begins(self):
-        """The tokens in front of whatever is said: </s>, and <s> where the makers force it."""
-        forced = self.decoding.get("forced_bos_token_id")
-        return [self.decoder_start_token_id] + ([] if forced is None else [forced])
+    def forced(self):
+        """The first and the last token of what is said, where the makers force them."""
+        return {"first": self.decoding.get("forced_bos_token_id"),
+                "last": self.decoding.get("forced_eos_token_id")}
 
 
 class BARTAttention(nn.Module):

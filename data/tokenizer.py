@@ -90,6 +90,10 @@ class BARTTokenizer:
     def encode_ordinary(self, text):
         return [self.ours[number] for number in self.encoding.encode_ordinary(text)]
 
+    def framed(self, text):
+        """A whole text as BART reads it: <s>text</s>."""
+        return [self.bos_token, *self.encode_ordinary(text), self.eot_token]
+
     def decode(self, ids):
         """The text of `ids`; what is no text, as <s>, is left out."""
         return self.encoding.decode([self.theirs[i] for i in ids if i in self.theirs])

@@ -185,8 +185,8 @@ def test_the_makers_way_of_decoding_is_kept(tmp_path):
     assert kept.decoding == {"forced_bos_token_id": 0, "forced_eos_token_id": 2, "num_beams": 4,
                              "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
                              "decoder_start_token_id": 2}       # the newer file's word counts
-    assert kept.target_begins == [2, 0]
-    assert load(tmp_path / "ours").config.target_begins == [2]
+    assert kept.forced == {"first": 0, "last": 2}
+    assert load(tmp_path / "ours").config.forced == {"first": None, "last": 2}
 
 
 @pytest.mark.parametrize("option", [

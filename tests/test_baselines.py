@@ -11,7 +11,8 @@ import sample
 import train
 from baselines import FineTune
 from checkpoint import load
-from train import Run, Settings, collate, target_nats
+from loss import collate, target_nats
+from train import Run, Settings
 
 
 def tuned_run(top=None, **settings):
@@ -85,7 +86,7 @@ def test_a_fine_tuned_run_is_resumed_and_decoded_as_its_own_model(task, tmp_path
     capsys.readouterr()
     sample.main(["--run", "whole", "--device", "cpu", "--max-new", "8", "n : 3"])
     tuned = capsys.readouterr().out
-    said = sample.Speaker(sample.Settings(run="whole", device="cpu", max_new=8)).say(["n : 3"])[0]
+    said = sample.Speaker(sample.Settings(run=["whole"], device="cpu", max_new=8)).say(["n : 3"])[0]
     assert tuned == said + "\n"
     logs = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
     losses = [line["dev_loss"] for line in logs if "dev_loss" in line]

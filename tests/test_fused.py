@@ -11,7 +11,9 @@ import torch
 from conftest import ROOT, random_gpt2
 
 import train
+from beam import Rules
 from data.sequence import Pair
+from loss import collate, target_nats
 from model import attend
 from sample import find_attention, generate
 
@@ -39,7 +41,7 @@ def ragged(B, K):
 def answers(attend, inputs, real, causal, g):
     """The output, and the gradient of each input for the output's gradient g."""
     out = attend(*inputs, real, causal)
-    return out, *torch.autograd.grad(out, inputs, g.to(out.dtype))
+    return out, *torch.autograd.grad(out, inputs, g.to(out.dtype), materialize_grads=True)
 
 
 def assert_as_good_as_the_explicit_form(inputs, real, causal):
@@ -148,8 +150,8 @@ def test_a_model_with_fused_attention_is_that_model():
     start = torch.randn(3, 2, 1, 4, 5, 6)
     for form, dtype in ((fused.attend, torch.float32), (attend, torch.float64)):
         prefix = start.to(DEVICE, dtype).requires_grad_()
-        batch = train.collate(pairs, DEVICE)
-        loss = train.target_nats(random_gpt2().to(DEVICE, dtype), prefix, *batch, form)
+        batch = collate(pairs, DEVICE)
+        loss = target_nats(random_gpt2().to(DEVICE, dtype), prefix, *batch, form)
         gradients.append(torch.autograd.grad(loss, prefix)[0].double())
     error = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
     assert error < 1e-4                 # fp32 through 3 layers with weights of order 1
@@ -159,8 +161,8 @@ def test_decoding_with_fused_attention_says_the_same():
     """Would catch: one query against a cache of many, with prompts padded in front, gone wrong."""
     model, prompts = random_gpt2().float().to(DEVICE), [[3, 5, 7, 9, 2], [8, 1]]
     prefix = torch.randn(3, 2, 1, 4, 5, 6, device=DEVICE)
-    said = generate(model, prompts, 256, prefix, max_new=3, attend=attend)
-    assert said == generate(model, prompts, 256, prefix, max_new=3, attend=fused.attend)
+    said = generate(model, prompts, Rules(256, 3), prefix, attend=attend)
+    assert said == generate(model, prompts, Rules(256, 3), prefix, attend=fused.attend)
 
 
 def test_the_kernels_compile_for_a_gpu_that_is_not_here():

@@ -11,6 +11,7 @@ from conftest import ROOT, random_gpt2
 import opening
 import sample
 import train
+from beam import Rules
 from sample import choose, generate
 
 EOS = 256
@@ -43,10 +44,10 @@ def test_cached_decoding_is_recomputation(model, prompts, prefix):
     short prompt that sees its padding, a prefix that is there in the first step only.
     """
     for given in (None, prefix):
-        together = generate(model, prompts, EOS, given, max_new=30)
+        together = generate(model, prompts, Rules(EOS, 30), given)
         for prompt, said in zip(prompts, together):
             assert said == recomputed(model, prompt, given, 30, choose)
-    assert together != generate(model, prompts, EOS, None, max_new=30)  # the prefix does something
+    assert together != generate(model, prompts, Rules(EOS, 30), None)  # the prefix does something
 
 
 def test_sampled_cached_decoding_is_recomputation(model, prompts, prefix):
@@ -56,14 +57,14 @@ def test_sampled_cached_decoding_is_recomputation(model, prompts, prefix):
             return choose(logits, 1.3, 50, 0.9, generator)
         one, two = (functools.partial(draw, generator=torch.Generator().manual_seed(6))
                     for _ in range(2))
-        assert (generate(model, [prompt], EOS, prefix, max_new=30, choose=one)[0]
+        assert (generate(model, [prompt], Rules(EOS, 30), prefix, choose=one)[0]
                 == recomputed(model, prompt, prefix, 30, two))
 
 
 def test_a_row_of_prefixes_serves_each_its_own(model, prompts):
     """Would catch: decoding that takes the first row's prefix for all."""
     own = torch.randn(3, 2, 4, 4, 5, 6, dtype=torch.float64)
-    together = generate(model, prompts, EOS, own, max_new=20)
+    together = generate(model, prompts, Rules(EOS, 20), own)
     for row, prompt in enumerate(prompts):
         assert together[row] == recomputed(model, prompt, own[:, :, row:row + 1], 20, choose)
 
@@ -71,28 +72,28 @@ def test_a_row_of_prefixes_serves_each_its_own(model, prompts):
 def test_a_text_ends_at_eos_and_not_before_its_least_length(prompts, prefix):
     """Would catch: tokens after the end, an end that counts as text, a least length off by one."""
     model = random_gpt2()
-    likely = generate(model, prompts[:1], EOS, prefix, max_new=8)[0]
+    likely = generate(model, prompts[:1], Rules(EOS, 8), prefix)[0]
     # Take the token said at place 5 as the end: the text stops in front of its first occurrence.
     end = likely[5]
-    cut = generate(model, prompts[:1], end, prefix, max_new=8)[0]
+    cut = generate(model, prompts[:1], Rules(end, 8), prefix)[0]
     assert cut == likely[:likely.index(end)]
-    longer = generate(model, prompts[:1], end, prefix, max_new=8, min_new=7)[0]
+    longer = generate(model, prompts[:1], Rules(end, 8, 7), prefix)[0]
     assert len(longer) >= 7 and end not in longer
-    assert len(generate(model, prompts[:1], end, prefix, max_new=8, min_new=8)[0]) == 8
-    assert generate(model, prompts, EOS, prefix, max_new=0) == [[], [], [], []]
+    assert len(generate(model, prompts[:1], Rules(end, 8, 8), prefix)[0]) == 8
+    assert generate(model, prompts, Rules(EOS, 0), prefix) == [[], [], [], []]
 
 
 def test_banned_tokens_are_never_said(model, prompts, prefix):
     """Would catch: a ban that holds for the first token or the first row only."""
-    free = generate(model, prompts, EOS, prefix, max_new=20)
+    free = generate(model, prompts, Rules(EOS, 20), prefix)
     banned = {token for row in free for token in row}
-    said = generate(model, prompts, EOS, prefix, max_new=20, banned=banned)
+    said = generate(model, prompts, Rules(EOS, 20, banned=tuple(banned)), prefix)
     assert not banned & {token for row in said for token in row} and any(said)
 
 
 def test_decoding_stops_where_the_positions_end(model, prefix):
     """64 positions, P = 5, a prompt of 50: 9 tokens. Would catch: an error after long work."""
-    row, = generate(model, [[1] * 50], EOS, prefix, max_new=100, min_new=100)
+    row, = generate(model, [[1] * 50], Rules(EOS, 100, 100), prefix)
     assert len(row) == 9
 
 
@@ -160,7 +161,7 @@ def test_the_frozen_model_goes_on_with_a_text(trained, model_directory, capsys):
     """Would catch: a prefix in front of the frozen model, or a source's frame around plain text."""
     tokenizer = opening.load_tokenizer(model_directory)
     model = opening.load(model_directory)
-    row, = generate(model, [tokenizer.encode_ordinary("Hello")], EOS, None, max_new=12)
+    row, = generate(model, [tokenizer.encode_ordinary("Hello")], Rules(EOS, 12), None)
     text = said(capsys, "--model", str(model_directory), "Hello")
     assert text == tokenizer.decode(row).strip() + "\n"
     assert text != said(capsys, "--run", trained, "Hello")
@@ -180,21 +181,22 @@ def test_the_flags_reach_the_decoder(trained, model_directory, capsys):
     assert one("--temperature", "9", "--top-k", "1") == greedy != one("--temperature", "9")
     assert one("--temperature", "9", "--top-p", "1e-9") == greedy
     assert "i" in greedy and "i" not in one("--ban", "i")
-    short, long = (sample.Settings(run=trained, min_new=n, max_new=12, device="cpu")
+    short, long = (sample.Settings(run=[trained], min_new=n, max_new=12, device="cpu")
                    for n in (0, 12))
     end = sample.Speaker(long).say(["n : 3"])[0]
     assert len(end) >= len(sample.Speaker(short).say(["n : 3"])[0])
-    assert sample.Speaker(short).banned == [10]                         # the line break
-    assert sample.Speaker(sample.Settings(model=str(model_directory), device="cpu")).banned == []
+    assert sample.Speaker(short).rules.banned == (10,)             # the line break
+    frozen = sample.Settings(model=str(model_directory), device="cpu")
+    assert sample.Speaker(frozen).rules.banned == ()
 
 
 def test_prompts_that_cannot_be_gone_on_with_are_refused(model, prefix):
     """Would catch: an empty answer in silence, or a row that goes on from its padding."""
     for prompts in ([], [[]], [[], [1, 2]]):
         with pytest.raises(ValueError, match="got an empty prompt, or none"):
-            generate(model, prompts, EOS, prefix)
+            generate(model, prompts, Rules(EOS), prefix)
     with pytest.raises(ValueError, match="got a prefix of 5 and a prompt of 59 tokens"):
-        generate(model, [[1] * 59], EOS, prefix)
+        generate(model, [[1] * 59], Rules(EOS), prefix)
 
 
 def test_a_source_that_is_too_long_is_cut_aloud(trained, capsys):

@@ -15,8 +15,10 @@ from torch.nn import functional as F
 import train
 from data.sequence import Pair
 from data.tasks import Example
+from loss import batches_of_epoch, collate, dev_loss, target_nats
+from opening import run_settings
 from prefix import Prefix, load_prefix
-from train import Run, Settings, batches_of_epoch, collate, target_nats
+from train import Run, Settings
 
 
 def some_pairs(n=12):
@@ -138,7 +140,7 @@ def test_the_dev_loss_is_the_mean_over_all_target_tokens(model):
     pairs, prefix = some_pairs(11), Prefix(model.config, 5, 16).double()
     nats = sum(target_nats(model, prefix(), *collate([pair], "cpu")).item() for pair in pairs)
     tokens = sum(len(pair.ids) - pair.start for pair in pairs)
-    assert train.dev_loss(model, prefix, pairs, 4) == pytest.approx(nats / tokens, rel=1e-12)
+    assert dev_loss(model, prefix, pairs, 4) == pytest.approx(nats / tokens, rel=1e-12)
 
 
 def test_a_long_gradient_is_cut_to_its_length(model):
@@ -316,7 +318,7 @@ def test_a_prefix_that_gets_worse_is_not_kept(task, tmp_path):
     dev = [x["dev_loss"] for x in lines(tmp_path / "run/log.jsonl") if "dev_loss" in x]
     assert min(dev) < min(dev[-1], dev[0]), "the learning rate was to be too high"
     model, tokenizer = train.open_model(task[1], "cpu", "fp32")
-    settings = Settings(**train.run_settings("run"))
+    settings = Settings(**run_settings("run"))
     _, pairs = train.make_pairs(*train.load_examples(settings), settings, tokenizer, 59)
     prefix = load_prefix("run/prefix.pt", model)
     nats = sum(target_nats(model, prefix, *collate([pair], "cpu")).item() for pair in pairs)

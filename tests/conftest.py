@@ -27,7 +27,7 @@ def random_gpt2(vocab_size=257, n_positions=64, n_embd=24, n_layer=3, n_head=4, 
     return model.requires_grad_(False).eval()
 
 
-def random_bart(vocab_size=261, d_model=24, encoder_layers=2, decoder_layers=3, seed=0,
+def random_bart(vocab_size=262, d_model=24, encoder_layers=2, decoder_layers=3, seed=0,
                 positions=64):
     """A frozen BART in float64, alike; its encoder and decoder differ in all their sizes."""
     torch.manual_seed(seed)
@@ -58,6 +58,17 @@ def model_directory(tmp_path_factory):
     save(random_gpt2().float(), directory)
     lines = [base64.b64encode(bytes([b])).decode() + f" {b}\n" for b in range(256)]
     (directory / "tokenizer.tiktoken").write_text("".join(lines))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def bart_directory(tmp_path_factory, model_directory):
+    """A BART on disk in fp32, whose words are the 256 bytes, numbered backwards by a dict.txt."""
+    directory = tmp_path_factory.mktemp("weights") / "bart"
+    save(random_bart().float(), directory)
+    (directory / "tokenizer.tiktoken").write_bytes(
+        (model_directory / "tokenizer.tiktoken").read_bytes())
+    (directory / "dict.txt").write_text("".join(f"{256 - n} 1\n" for n in range(257)))
     return directory
 
 

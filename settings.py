@@ -23,6 +23,7 @@ DEFAULTS = {
         "dart": dict(lr=5e-5, epochs=10, batch_size=5, prefix_len=10),
         "world": dict(lr=3e-3, steps=200, batch_size=10, prefix_len=9),
         "world-hard": dict(lr=3e-3, steps=1500, batch_size=10, prefix_len=9),
+        "world-headlines": dict(lr=3e-3, steps=300, batch_size=10, prefix_len=9),
         "xsum": dict(lr=5e-5, epochs=30, batch_size=14, prefix_len=100, mid_dim=800),
         "xsum-news-to-sports": dict(lr=5e-5, epochs=15, batch_size=36, prefix_len=40, mid_dim=800),
         "xsum-within-news": dict(lr=5e-5, epochs=30, batch_size=36, prefix_len=80, mid_dim=800),
@@ -56,7 +57,8 @@ PREFIX_ONLY = ("prefix_len", "prefixes", "mid_dim", "init", "init_text")
 class Settings:
     model: str = flag("tiny-gpt2", "the frozen model: gpt2, gpt2-medium, ..., another name in "
                                    "weights/, or a directory")
-    data: str = flag("world", f"{', '.join(NAMES)}, or a .jsonl file of your own")
+    data: str = flag("", f"{', '.join(NAMES)}, or a .jsonl file of your own; left out: world, for "
+                         "tiny-bart world-headlines")
     data_dir: str = flag("", "read the data set from here; left out: it is downloaded, but for "
                              "summarising, whose files you have to fetch")
     method: str = flag("prefix", "what learns", choices=list(DEFAULTS))
@@ -112,6 +114,8 @@ def resolve(settings):
                 raise ValueError(f"got --{field.name.replace('_', '-')} with --method "
                                  f"{settings.method}, which has no prefix; expected one of them; "
                                  "leave one out")
+    if not settings.data:
+        settings.data = "world-headlines" if settings.model == "tiny-bart" else "world"
     length_given = settings.steps or settings.epochs
     defaults = DEFAULTS[settings.method]
     for name, value in defaults.get(settings.data, defaults[OWN]).items():

@@ -30,9 +30,11 @@ MAY_IMPORT = {
               "loss", "sample"},
     "convert": {"plumbing", "model", "checkpoint"},
     "pretrain": {"plumbing", "model", "checkpoint", "data", "sample"},
+    "denoise": {"model", "data", "loss"},
 }
 # Imports inside a function: a side door that is opened where it is needed.
-MAY_IMPORT_LATE = {"opening": {"convert", "fused"}, "train": {"baselines"}}
+MAY_IMPORT_LATE = {"opening": {"convert", "fused"}, "train": {"baselines"},
+                   "pretrain": {"denoise"}}
 PACKAGES = {"torch", "numpy", "tiktoken", "tqdm"}
 
 

@@ -2,13 +2,15 @@
 
     python convert.py gpt2-medium                       downloads, checks, converts
     python convert.py DIRECTORY --out weights/NAME      from config.json and its weights on disk
+    python convert.py --run out/NAME --to-peft DIR      a prefix, for the package peft to read
+    python convert.py --from-peft DIR --model gpt2 --out out/NAME           and one of peft's
 
 The prefix belongs to one frozen language model (Li & Liang 2021, section 4.2); this brings that
 model in. sample.py and train.py call `fetch` for a name that weights/ does not have yet. A file
 from elsewhere is not trusted: tensors are read and code is refused, and every name and every shape
 must be what model.py expects, for a checkpoint that nearly fits would talk nonsense without an
-error. Not here: the tables of the names (model.py, beside the layers), and the tokenizer, but for
-the file that numbers BART's tokens, which is kept beside the weights (data/tokenizer.py reads it).
+error. Not here: the tables of the names (model.py, beside the layers), peft's format
+(peft_format.py), and the tokenizer, but for the file that numbers BART's tokens, which is kept.
 """
 import dataclasses
 import importlib.util
@@ -77,6 +79,10 @@ class Settings:
     source: str = flag("", f"one of {', '.join(NAMES)}, or a directory with config.json and "
                            "model.safetensors or pytorch_model.bin")
     out: str = flag("", "the directory to write; empty: weights/ and the name of the source")
+    run: str = flag("", "with --to-peft: the run of train.py whose prefix is wanted")
+    to_peft: str = flag("", "write the prefix of --run to this directory, for the package peft")
+    from_peft: str = flag("", "make a run, --out, of the prefix in this directory of peft's")
+    model: str = flag("", "with --from-peft: its frozen model; left out: as peft's file names it")
 
 
 def read_object(path):
@@ -334,9 +340,31 @@ def fetch(name, out_directory, hub=HUB):
     shutil.rmtree(source)
 
 
-def main():
-    settings = parse(Settings, sys.argv[1:], "Hugging Face files -> weights/NAME",
+def convert_prefix(settings):
+    """A prefix to peft's format, or from it."""
+    from peft_format import read_peft, write_peft
+    if settings.to_peft:
+        if not settings.run or settings.from_peft or settings.source:
+            raise ValueError("got --to-peft; expected --run out/NAME beside it, and nothing else; "
+                             "`python convert.py --run out/NAME --to-peft DIR`")
+        write_peft(settings.run, settings.to_peft, {n: where for n, (where, _) in NAMES.items()})
+        print(f"wrote {settings.to_peft}/adapter_config.json and adapter_model.safetensors; read "
+              f"them with PeftModel.from_pretrained(model, {settings.to_peft!r})")
+        return
+    if not settings.out or settings.run or settings.source:
+        raise ValueError("got --from-peft; expected --out out/NAME beside it, and --model; `python "
+                         "convert.py --from-peft DIR --model gpt2 --out out/NAME`")
+    read_peft(settings.from_peft, settings.out, settings.model)
+    print(f"wrote {settings.out}; decode with: python sample.py --run {settings.out}\n"
+          f"train on with: python train.py --start-from {settings.out} --data ...")
+
+
+def main(argv=None):
+    settings = parse(Settings, argv, "Hugging Face files -> weights/NAME",
                      positional="source")
+    if settings.to_peft or settings.from_peft:
+        convert_prefix(settings)
+        return
     out = Path(settings.out or WEIGHTS / Path(settings.source).resolve().name)
     if settings.source and Path(settings.source).is_dir():
         convert(settings.source, out)

@@ -50,7 +50,7 @@ NOTES = "\n".join(["defaults by method and data set:"] + [          # for --help
     f"  {method}, {data}: {values}" for method, by_data in DEFAULTS.items()
     for data, values in by_data.items()])
 # Flags that only a prefix has; the values they are left at say that they were not given.
-PREFIX_ONLY = ("prefix_len", "prefixes", "mid_dim", "init", "init_text")
+PREFIX_ONLY = ("prefix_len", "prefixes", "mid_dim", "init", "init_text", "start_from")
 
 
 @dataclasses.dataclass
@@ -70,6 +70,8 @@ class Settings:
                               "out: 512, for XSum 800", kind=int, within=(0, inf))
     init: str = flag("random", "start from N(0, 1), from U(0, 1), or from what the model makes of "
                                "real words", choices=["random", "uniform", "words"])
+    start_from: str = flag("", "start from the prefix of this run, of train.py or of convert.py "
+                               "--from-peft: exactly with --mid-dim 0, else an MLP is fitted to it")
     init_text: str = flag("table-to-text:", "the words of --init words; P is their length")
     examples: int = flag(0, "learn from this many sources, drawn by the seed; 0: from all",
                          within=(0, inf))
@@ -108,6 +110,10 @@ def resolve(settings):
     if settings.init == "words" and settings.prefix_len:
         raise ValueError("got --prefix-len with --init words; expected one of them: the words of "
                          "--init-text decide the length")
+    if settings.start_from and (settings.prefix_len or settings.prefixes or
+                                settings.init != "random"):
+        raise ValueError("got --start-from with --prefix-len or --init; expected it alone: the "
+                         "prefix of that run decides both")
     if settings.method != "prefix":
         for field in dataclasses.fields(Settings):
             if field.name in PREFIX_ONLY and getattr(settings, field.name) != field.default:

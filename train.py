@@ -40,9 +40,9 @@ from model import attend
 from opening import find_attention, name_of_dtype, open_model
 from plumbing import parse, whole_file
 from plumbing import run as run_program
-from prefix import Prefix, Prefixes, counts, keys_and_values
+from prefix import Prefix, Prefixes, counts, keys_and_values, load_prefix, parts
 from sample import LINE_BREAKS, generate
-from settings import NOTES, Settings, resolve, resumed, places_of
+from settings import NOTES, Settings, places_of, resolve, resumed
 
 # ---- the run: its settings, its state, what is kept on disk
 
@@ -75,9 +75,15 @@ def make_pairs(train, dev, settings, tokenizer, room):
 
 
 def make_prefix(settings, model, tokenizer):
-    """A fresh prefix by the settings; --init words decides its length itself."""
+    """A fresh prefix by the settings; --init words and --start-from decide its length."""
     torch.manual_seed(settings.seed)
     device, init = model.wte.weight.device, settings.init
+    if settings.start_from and not settings.resume:
+        start = load_prefix(Path(settings.start_from) / "prefix.pt", model)
+        settings.prefix_len = max(part.size(4) for part in parts(start))
+        if model.architecture == "bart":
+            settings.prefixes = ",".join(f"{place}={part.size(4)}" for place, part in
+                                         zip(model.places, start) if part.size(4))
     if init == "words":
         words = tokenizer.encode_ordinary(" " + settings.init_text)
         settings.prefix_len, init = len(words), "random"
@@ -90,6 +96,10 @@ def make_prefix(settings, model, tokenizer):
         error = prefix.start_from(keys_and_values(model, words))
         print(f"prefix started from the {len(words)} tokens of {settings.init_text!r}; "
               f"mean squared error left: {error:.4f} a number")
+    if settings.start_from and not settings.resume:
+        error = prefix.start_from(start)
+        print(f"prefix started from {settings.start_from}; mean squared error left: {error:.4f} a "
+              "number")
     return prefix
 
 

@@ -178,6 +178,19 @@ def test_a_run_from_words_at_chosen_places(task, capsys):
     assert kept["prefix_len"] == 8 and kept["prefixes"] == "encoder,cross"
 
 
+def test_a_run_starts_from_the_prefixes_of_another(task, tmp_path):
+    """Would catch: lengths or places that are not the other run's, a start that is not it."""
+    places = ["--prefixes", "encoder=2,cross", "--mid-dim", "0"]
+    train.main([*task, *places, "--steps", "5", "--out", "first"])
+    del task[task.index("--prefix-len"):]
+    train.main([*task, "--mid-dim", "0", "--steps", "5", "--start-from", "first", "--out", "next"])
+    assert dev_losses("next")[0] == pytest.approx(min(dev_losses("first")), rel=1e-5)
+    kept = json.loads(open("next/config.json").read())["settings"]
+    assert kept["prefixes"] == "encoder=2,cross=4"
+    with pytest.raises(ValueError, match="start-from"):
+        train.main([*task, "--start-from", "first", "--prefixes", "cross", "--out", "other"])
+
+
 def test_fine_tuning_goes_through_the_same_loop(task):
     """Would catch: an attribute error after minutes of loading, a BART that is saved half."""
     for flag in ("--prefix-len", "--mid-dim"):

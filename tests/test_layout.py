@@ -24,17 +24,19 @@ MAY_IMPORT = {
     "reader": {"model"},
     "baselines": {"checkpoint"},
     "claims": {"plumbing", "data", "opening", "beam", "sample"},
+    "evaluate": {"plumbing", "data", "opening", "sample"},
     "beam": set(),
     "sample": {"plumbing", "model", "prefix", "data", "opening", "beam", "reader"},
     "train": {"plumbing", "model", "checkpoint", "prefix", "data", "opening", "settings", "beam",
               "loss", "sample"},
     "convert": {"plumbing", "model", "checkpoint"},
+    "peft_format": {"plumbing", "checkpoint", "prefix", "opening"},
     "pretrain": {"plumbing", "model", "checkpoint", "data", "sample"},
     "denoise": {"model", "data", "loss"},
 }
 # Imports inside a function: a side door that is opened where it is needed.
 MAY_IMPORT_LATE = {"opening": {"convert", "fused"}, "train": {"baselines"},
-                   "pretrain": {"denoise"}}
+                   "convert": {"peft_format"}, "pretrain": {"denoise"}}
 PACKAGES = {"torch", "numpy", "tiktoken", "tqdm"}
 
 

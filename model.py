@@ -353,10 +353,12 @@ class Stack(nn.Module):
         self.layernorm_embedding = nn.LayerNorm(config.d_model)
         self.layers = nn.ModuleList(layers)
 
-    def embed(self, words, where):
-        """words: (B, T, C); where: (T,) or (B, T), their positions. Returns (B, T, C)."""
+    def embed(self, words, where, read):
+        """words: (B, T, C); where: (T,) or (B, T), their positions; read: tokens so far, these too,
+        which is more than positions only where texts branch. Returns (B, T, C).
+        """
         most = len(self.embed_positions.weight) - 2
-        if where.max() >= most:
+        if read > most <= where.max():
             raise ValueError(f"got a text of {where.max() + 1} tokens; expected at most {most}, "
                              "the positions of this model; shorten it")
         return self.layernorm_embedding(words + self.embed_positions(where + 2))    # (B, T, C)
@@ -410,7 +412,7 @@ class BART(nn.Module):
         # The text starts at position 0 whatever the prefix, as in the official code: a prefix of
         # BART takes no one's place, so it may even be longer than the positions.
         where = torch.arange(ids.size(1), device=ids.device)                    # (S,)
-        x = self.encoder.embed(self.shared(ids), where)                         # (B, S, C)
+        x = self.encoder.embed(self.shared(ids), where, ids.size(1))            # (B, S, C)
         for layer, block in enumerate(self.encoder.layers):
             x = block(x, prefix.encoder[layer], keys, attend)                   # (B, S, C)
         kv = [torch.stack(block.encoder_attn.keys_and_values(x)) for block in self.decoder.layers]
@@ -430,7 +432,7 @@ class BART(nn.Module):
         elif real.dim() == 3:               # texts that branch: a token stands behind its own past
             where = real.sum(2) - P - 1                                         # (B, T)
         source = F.pad(memory.real, (prefix.cross.size(4), 0), value=True)      # (1 or B, P+S)
-        x = self.decoder.embed(self.shared(ids), where)                         # (B, T, C)
+        x = self.decoder.embed(self.shared(ids), where, past + ids.size(1))     # (B, T, C)
         for layer, block in enumerate(self.decoder.layers):
             x = block(x, prefix.decoder[layer], real, memory.kv[layer], prefix.cross[layer], source,
                       layer, cache, attend)                                     # (B, T, C)

@@ -7,7 +7,7 @@ Letters as in model.py; K beams, N tokens said after the prompt by all beams tog
 import torch
 from torch.nn import functional as F
 
-from model import Cache, Places
+from model import Cache, Memory, Places
 from model import attend as written_out
 
 
@@ -104,6 +104,11 @@ class BARTReader:
         # Padding behind: a source begins at position 0, wherever its neighbours end.
         real = torch.arange(S, device=device) < long                                    # (B, S)
         self.memory = model.encode(ids, real, self.prefix, attend)
+        if attend is written_out:               # as of GPT-2: put the two together once for all
+            front = self.prefix.cross.expand(-1, -1, len(sources), -1, -1, -1)  # (L, 2, B, H, P, D)
+            self.memory = Memory(torch.cat((front, self.memory.kv), 4),         # (L, 2, B, H, P+S,
+                                 F.pad(real, (front.size(4), 0), value=True))   #  D) and (B, P+S)
+            self.prefix = self.prefix._replace(cross=model.no_prefix().cross)
         begin = torch.tensor(self.prompts, device=device)                               # (B, 1)
         self.cache = Cache(model, len(sources), 1 + beams * self.room)
         self.real = real.new_ones(len(sources), self.prefix.decoder.size(4))            # (B, P)

@@ -170,7 +170,7 @@ def test_a_run_from_words_at_chosen_places(task, capsys):
     """Would catch: words that are not those of the flag, a place that learns although left out."""
     del task[task.index("--prefix-len"):]
     train.main([*task, "--steps", "2", "--out", "run", "--prefixes", "encoder,cross",
-                "--init", "words", "--init-text", "sum up:"])
+                "--init", "words", "--init-text", "sum up:", "--mid-dim", "0"])
     assert "prefix started from the 8 tokens of 'sum up:'" in capsys.readouterr().out
     model = train.open_model(task[1], "cpu", "fp32")[0]
     assert [part.size(4) for part in load_prefix("run/prefix.pt", model)] == [8, 0, 8]

@@ -154,7 +154,7 @@ def test_prefixes_are_keys_and_values_in_transformers_attention(tmp_path, shape,
     """Catches keys and values swapped, a layer off by one, a prefix at another's place, one that
     the mask hides, and positions that it shifts; one prefix per row or for all rows.
     """
-    theirs = oracle(shape, torch.float64)
+    theirs, worst = oracle(shape, torch.float64), 0.0
     ours = converted(theirs, tmp_path)
     for where in ("no", "right", "left"):
         for rows in (1, 3):
@@ -168,8 +168,10 @@ def test_prefixes_are_keys_and_values_in_transformers_attention(tmp_path, shape,
                 put_in(patched, theirs, prefix)
                 wanted = their_logits(theirs, source, source_real, target, real)
             got = our_logits(ours, source, source_real, target, real, prefix)
-            assert difference(got, wanted, real) < LIMIT[torch.float64], (where, rows)
+            worst = max(worst, difference(got, wanted, real))
+            assert worst < LIMIT[torch.float64], (where, rows)
             assert difference(without, wanted, real) > 1e-3, "the prefix changes nothing"
+    print(f"with prefixes: {worst:.1e}")
 
 
 def test_the_makers_way_of_decoding_is_kept(tmp_path):
@@ -199,15 +201,6 @@ def test_what_our_bart_cannot_do_is_refused(tmp_path, option):
     about = tmp_path / "hf" / "config.json"
     about.write_text(json.dumps(json.loads(about.read_text()) | option))
     with pytest.raises(ValueError, match="^got .*; expected .*; |^got width 35 and 3 heads"):
-        convert(tmp_path / "hf", tmp_path / "refused")
-    assert not (tmp_path / "refused").exists()
-
-
-def test_a_bart_without_its_vocabulary_is_refused(tmp_path):
-    """Catches a BART that reads GPT-2's numbers: fluent nonsense, without an error."""
-    converted(oracle(SHAPES["one encoder layer"], torch.float32), tmp_path)
-    (tmp_path / "hf" / "vocab.json").unlink()
-    with pytest.raises(ValueError, match="a BART without its vocabulary; expected vocab.json or"):
         convert(tmp_path / "hf", tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
 

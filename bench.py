@@ -2,18 +2,21 @@
 
     python bench.py attention                               this machine, printed
     python bench.py attention --out figures/results/attention.jsonl
+    python bench.py decode --dtype bf16                     beside peft and transformers
 
 `attention`: one layer of attention with a prefix that the batch shares. The forms are model.attend
 (explicit), concatenation and PyTorch's scaled_dot_product_attention, as other implementations have
 it (sdpa; where padding forces a mask on it, sdpa+mask), and fused.py where there is a CUDA GPU.
 Training is forward and backward, decoding one query a row. On a GPU a second column replays the
-same work as a CUDA graph: what is left when Python and the launches cost nothing. Not here: whole
-models and other packages.
+same work as a CUDA graph: what is left when Python and the launches cost nothing.
+`decode`: a GPT-2 with random weights answers a batch, with a prefix, by our generate and by peft's.
 """
+import copy
 import dataclasses
 import datetime
 import json
 import platform
+import random
 import statistics
 import time
 from pathlib import Path
@@ -22,8 +25,12 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from model import attend, may_look
+from beam import Rules, search
+from model import GPT2, GPT2Config, attend, may_look
+from packed import pack, possible
 from plumbing import flag, parse, run, whole_file
+from reader import GPT2Reader
+from sample import generate
 
 SHAPES = {  # B, H, T, S, P; D = 64. GPT-2 medium's 16 heads; batches and lengths of the paper.
     "training, batch 5": (5, 16, 60, 60, 5),
@@ -40,7 +47,7 @@ SHAPES = {  # B, H, T, S, P; D = 64. GPT-2 medium's 16 heads; batches and length
 
 @dataclasses.dataclass
 class Settings:
-    what: str = flag("", "attention")
+    what: str = flag("", "attention or decode")
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     dtype: str = flag("auto", "auto: bf16 on a GPU, else fp32", choices=["auto", "fp32", "bf16"])
     rounds: int = flag(0, "turns that each form takes; 0: 50 on a GPU, 5 on a CPU")
@@ -166,10 +173,118 @@ def attention(device, dtype, rounds):
     return rows
 
 
+# ---- decoding beside peft and transformers
+
+DECODING = {  # sources at once, beams
+    "greedy, 1 source": (1, 1), "greedy, 8 sources": (8, 1), "5 beams, 1 source": (1, 5),
+    "5 beams, 8 sources": (8, 5),
+}
+SIZE = GPT2Config()                             # the smallest GPT-2
+P, SAID = 10, 40                                # prefix; tokens that every text is made to have
+
+
+def peft_model(ours, prefix, attention):
+    """The same weights and the same prefix (L, 2, 1, H, P, D) in transformers and peft."""
+    try:
+        import peft
+        import transformers
+    except ImportError as error:
+        raise ValueError(f"got no package {error.name}; expected it, to compare with; `pip install "
+                         "-r requirements-optional.txt`") from error
+    c, like = ours.config, ours.wte.weight
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=c.vocab_size, n_positions=c.n_positions, n_embd=c.n_embd, n_layer=c.n_layer,
+        n_head=c.n_head, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        attn_implementation=attention))
+    state = {f"transformer.{name}": x.T if name.endswith(GPT2.checkpoint_transposed) else x
+             for name, x in ours.state_dict().items()}
+    theirs.load_state_dict(state | {"lm_head.weight": like})
+    theirs = peft.get_peft_model(theirs.to(like), peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=prefix.size(4)))
+    flat = prefix.squeeze(2).permute(3, 0, 1, 2, 4).flatten(1)                  # (P, 2LC)
+    theirs.prompt_encoder.default.embedding.weight.data.copy_(flat)
+    # In bf16 on a CPU its head takes a slow path for the last position of a longer tensor. Without
+    # this repair we would look several times faster than we are.
+    theirs.get_base_model().lm_head.register_forward_pre_hook(lambda m, x: (x[0].contiguous(),))
+    return theirs.eval().requires_grad_(False)
+
+
+def our_words(model, prefix):
+    """A function of prompts and beams: the tokens that our model says."""
+    rules = Rules(0, SAID, SAID)
+
+    def words(prompts, beams):
+        if beams == 1:
+            return generate(model, prompts, rules, prefix)
+        return [row for row, _ in search(GPT2Reader(model, prompts, prefix, SAID, beams), rules,
+                                        beams)]
+    return words
+
+
+def their_words(theirs):
+    """The same of peft's model."""
+    def words(prompts, beams):
+        T = max(map(len, prompts))
+        ids = [[0] * (T - len(p)) + p for p in prompts]                         # (B, T)
+        real = [[0] * (T - len(p)) + [1] * len(p) for p in prompts]             # (B, T)
+        return theirs.generate(
+            input_ids=torch.tensor(ids, device=theirs.device), do_sample=False, num_beams=beams,
+            attention_mask=torch.tensor(real, device=theirs.device),
+            max_new_tokens=SAID, min_new_tokens=SAID)[:, T:].tolist()
+    return words
+
+
+def speakers(device, dtype):
+    """{form: function of prompts and beams}; the first is how sample.py decodes here."""
+    torch.manual_seed(0)
+    model = GPT2(SIZE)
+    for name, x in model.named_parameters():    # as GPT-2 is initialised, and biases that count
+        if "ln_" not in name:
+            torch.nn.init.normal_(x, std=0.02)
+    model = model.to(device, dtype).eval().requires_grad_(False)
+    L, _, _, H, _, D = model.no_prefix().shape
+    prefix = torch.randn(L, 2, 1, H, P, D, device=device, dtype=dtype)
+    found = {"ours": our_words(model, prefix)}
+    if not possible(model):
+        fast = copy.deepcopy(model)
+        pack(fast)
+        found = {"ours": our_words(fast, prefix), "not packed": found["ours"]}
+    return found | {f"peft, {name}": their_words(peft_model(model, prefix, name))
+                    for name in ("sdpa", "eager")}
+
+
+def decode(device, dtype, rounds):
+    """Print a table of tokens a second; return one row of figures for each form and case."""
+    forms, rows = speakers(device, dtype), []
+    rng = random.Random(0)
+    # On a CPU only this process's own time: what else the machine does is not our speed.
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    print(f"{'':24}{'form':>14}{'tokens/s':>10}{'ours / it':>11}{'same words':>12}")
+    for title, (B, beams) in DECODING.items():
+        prompts = [[rng.randrange(1, SIZE.vocab_size) for _ in range(rng.randint(25, 45))]
+                   for _ in range(B)]           # tables of 35 tokens on average
+        said = {name: form(prompts, beams) for name, form in forms.items()}     # warms up, too
+        times = {name: [] for name in forms}
+        for _ in range(rounds):                 # in turns: what disturbs one disturbs all
+            for name, form in forms.items():
+                start = clock()
+                form(prompts, beams)            # its lists of tokens end what a GPU has to do
+                times[name].append(clock() - start)
+        rate = {name: B * SAID / statistics.median(t) for name, t in times.items()}
+        for name in forms:
+            alike = sum(x == y for x, y in zip(said[name], said["ours"]))
+            rows.append({"what": title, "form": name, "tokens/s": rate[name],
+                         "ours over it": rate["ours"] / rate[name], "same words": f"{alike}/{B}"})
+            print(f"{title if name == 'ours' else '':24}{name:>14}{rate[name]:>10.1f}"
+                  f"{rate['ours'] / rate[name]:>11.2f}{alike:>9}/{B}", flush=True)
+    return rows
+
+
 def main(argv=None):
     settings = parse(Settings, argv, "Measure speed beside the alternatives.", "what")
-    if settings.what != "attention":
-        raise ValueError(f"got {settings.what!r}; expected what to measure: attention; "
+    measures = {"attention": attention, "decode": decode}
+    if settings.what not in measures:
+        raise ValueError(f"got {settings.what!r}; expected what to measure: attention or decode; "
                          "`python bench.py attention`")
     cuda = torch.cuda.is_available()
     device = torch.device(("cuda" if cuda else "cpu") if settings.device == "auto"
@@ -185,7 +300,8 @@ def main(argv=None):
     about = {"machine": machine, "torch": torch.__version__, "dtype": name, "rounds": rounds,
              "date": datetime.date.today().isoformat(), "threads": torch.get_num_threads()}
     print(" ".join(f"{key} {value}" for key, value in about.items()))
-    rows = attention(device, {"fp32": torch.float32, "bf16": torch.bfloat16}[name], rounds)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    rows = measures[settings.what](device, dtype, rounds)
     if settings.out:
         with whole_file(Path(settings.out), "w") as file:
             file.writelines(json.dumps(about | row) + "\n" for row in rows)

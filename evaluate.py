@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import formats, tasks, world
-from opening import run_settings
+from opening import name_of_dtype, run_settings
 from plumbing import flag, parse, run, whole_file
 from sample import Settings as Decoding
 from sample import Speaker
@@ -73,13 +73,21 @@ def kept_texts(path, about):
 
 
 def decode(speaker, examples, path, about, batch_size):
-    """The text for every example, in order, read from `path` or decoded and added to it."""
+    """The text for every example, in order, read from `path` or decoded and added to it.
+
+    Raises ValueError where the texts in `path` are not about these examples.
+    """
     rows = kept_texts(path, about)
+    for number, (row, example) in enumerate(zip(rows, examples), 1):
+        if row["source"] != example.source:
+            raise ValueError(f"got {path}, whose text {number} is about {row['source'][:40]!r}; "
+                             f"expected {example.source[:40]!r}; the data have changed since: move "
+                             "that file away")
     with whole_file(path, "w") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in [about, *rows])
     if rows:
         print(f"{path}: {len(rows)} texts are there already", file=sys.stderr)
-    bar = tqdm(total=len(examples), initial=len(rows), unit="table", disable=None)
+    bar = tqdm(total=max(len(examples), len(rows)), initial=len(rows), unit="table", disable=None)
     with bar, open(path, "a", encoding="utf-8") as file:
         for i in range(len(rows), len(examples), batch_size):
             batch = examples[i:i + batch_size]
@@ -89,7 +97,7 @@ def decode(speaker, examples, path, about, batch_size):
             file.flush()
             rows += new
             bar.update(len(batch))
-    return [row["text"] for row in rows]
+    return [row["text"] for row in rows[:len(examples)]]
 
 
 # ---- what the official scripts make of a text before they compare
@@ -248,8 +256,9 @@ def main(argv=None):
         name: getattr(settings, name) for name in DECODES}))
     prefix = next(iter(speaker.prefixes.values()))
     mark = hashlib.sha256(prefix.float().cpu().numpy().tobytes()).hexdigest()[:16]
-    about = {"data": data, "split": settings.split, "tables": len(examples), "prefix": mark,
-             **{name: getattr(speaker.settings, name) for name in DECODES}}
+    about = {"data": data, "split": settings.split, "prefix": mark,
+             **{name: getattr(speaker.settings, name) for name in DECODES},
+             "dtype": name_of_dtype(speaker.model.wte.weight.dtype)}
     path = Path(settings.run) / f"{settings.split}.jsonl"
     texts = decode(speaker, examples, path, about, settings.batch_size)
     scores, missing = {}, {}

@@ -93,6 +93,20 @@ def find_attention(name, model):
     return fused.attend
 
 
+def pack_weights(word, model):
+    """Do what --pack says: rearrange the weights of `model`, in place, for decoding on this CPU."""
+    try:
+        import packed                           # a side door
+        reason = packed.possible(model)
+    except ImportError as error:
+        reason = f"there is no packed.py here ({error})"
+    if word == "yes" and reason:
+        raise ValueError(f"got --pack yes, but {reason}; expected fp32 or bf16 on a CPU; leave it "
+                         "out")
+    if word != "no" and not reason:
+        packed.pack(model)
+
+
 def run_settings(directory):
     """The settings that a run was trained with, from its config.json."""
     path = Path(directory) / "config.json"

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from beam import Rules, search
 from data import formats, sequence
 from model import attend as written_out
-from opening import find_attention, open_model, open_run, run_settings
+from opening import find_attention, open_model, open_run, pack_weights, run_settings
 from plumbing import flag, parse, run, whole_file
 from prefix import load_prefix
 from reader import reader_of
@@ -71,6 +71,8 @@ class Settings:
                       choices=["auto", "fp32", "bf16", "fp64"])
     attention: str = flag("explicit", "fused: one kernel that reads the prefix without copying it; "
                                       "needs a CUDA GPU and triton", choices=["explicit", "fused"])
+    pack: str = flag("auto", "lay out the weights for this CPU's kernels, so that it decodes "
+                             "faster; auto: where it can", choices=["auto", "yes", "no"])
 
 
 def choose(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
@@ -156,6 +158,7 @@ class Speaker:
         for other in s.run[1:]:
             self.prefixes[other] = self.beside(other)
         self.attend = find_attention(s.attention, self.model)
+        pack_weights(s.pack, self.model)
         ban = s.ban or (LINE_BREAKS if s.run else ())
         banned = sorted({t for text in ban for t in self.tokenizer.encode_ordinary(text)})
         self.rules = Rules(self.tokenizer.eot_token, s.max_new, s.min_new, tuple(banned),

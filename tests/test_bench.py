@@ -1,10 +1,11 @@
 """A race is fair only where everybody runs the same way: the forms that bench.py times agree."""
 import json
 
+import pytest
 import torch
 
 import bench
-from model import attend
+from model import GPT2Config, attend
 
 
 def test_what_is_timed_is_the_same_function():
@@ -31,3 +32,21 @@ def test_a_row_of_figures_for_each_form_and_shape(tmp_path, monkeypatch, capsys)
     best = min(rows["sdpa"]["us"], rows["sdpa+mask"]["us"])
     assert rows["explicit"]["over best other"]["us"] == rows["explicit"]["us"] / best
     assert rows["explicit"]["machine"] and "explicit" in capsys.readouterr().out
+
+
+def test_the_decoders_in_the_race_say_the_same(monkeypatch, tmp_path, capsys):
+    """Would catch: a rival with another prefix, another end or other weights; a ratio upside down.
+    """
+    pytest.importorskip("peft", reason="the rival: pip install peft")
+    pytest.importorskip("transformers", reason="the rival: pip install transformers")
+    monkeypatch.setattr(bench, "SIZE", GPT2Config(211, 128, 24, 2, 4))
+    monkeypatch.setattr(bench, "SAID", 6)
+    out = tmp_path / "figures.jsonl"
+    bench.main(["decode", "--device", "cpu", "--rounds", "1", "--out", str(out)])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {row["what"] for row in rows} == set(bench.DECODING)
+    for row in rows:
+        ours = next(r for r in rows if r["what"] == row["what"] and r["form"] == "ours")
+        B, _ = bench.DECODING[row["what"]]
+        assert row["same words"] == f"{B}/{B}"
+        assert row["ours over it"] == ours["tokens/s"] / row["tokens/s"]

@@ -134,10 +134,16 @@ def test_a_stopped_evaluation_goes_on_where_it_was(run, monkeypatch, capsys):
     path.write_text(f"{lines[0]}\n{json.dumps(first)}\n{lines[2][:20]}")
     again = evaluated(run, monkeypatch)
     assert [row["text"] for row in again[1:]] == ["kept"] + [row["text"] for row in rows[2:]]
+    assert len(evaluated(run, monkeypatch, "--examples", "2")) == 4     # all texts stay
+    assert json.loads((run / "test.scores.json").read_text())["scores"]["all"]["tables"] == 2
     with pytest.raises(ValueError, match="decoded with another beam, min_new; expected the same"):
         evaluated(run, monkeypatch, "--beam", "3", "--min-new", "1")
     model = sample.open_model(json.loads((run / "config.json").read_text())["settings"]["model"],
                               "cpu", "fp32")[0]
+    data = Path(run).parent / "my.test.jsonl"
+    data.write_text("\n".join(data.read_text().splitlines()[::-1]))
+    with pytest.raises(ValueError, match="text 1 is about 'n : 6'; expected 'n : 8'"):
+        evaluated(run, monkeypatch)
     save_prefix(run / "prefix.pt", torch.zeros(3, 2, 1, 4, 4, 6), model)
     with pytest.raises(ValueError, match="decoded with another prefix"):
         evaluated(run, monkeypatch)
@@ -147,7 +153,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(run, monkeypatch, capsys):
 def test_the_program_writes_texts_and_scores(run, monkeypatch, capsys):
     """Would catch: scores of another split, a part that is missing, references not kept."""
     rows = evaluated(run, monkeypatch, "--topics", "--beam", "2")
-    assert rows[0]["split"] == "test" and rows[0]["beam"] == 2 and rows[0]["tables"] == 3
+    assert rows[0]["split"] == "test" and rows[0]["beam"] == 2 and rows[0]["dtype"] == "fp32"
     assert rows[1]["references"] == ["it is 6", "this is 6"] and rows[1]["topic"] == "a"
     told = json.loads((run / "test.scores.json").read_text())
     assert {k: v["tables"] for k, v in told["scores"].items()} == {"all": 3, "a": 2, "b": 1}

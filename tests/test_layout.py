@@ -13,7 +13,8 @@ CORE = ["model.py", "prefix.py", "train.py", "sample.py", "loss.py", "reader.py"
 MAY_IMPORT = {
     "plumbing": set(),
     "fused": set(),
-    "bench": {"plumbing", "model", "fused"},
+    "packed": {"model"},
+    "bench": {"plumbing", "model", "beam", "reader", "sample", "fused", "packed"},
     "model": set(),
     "checkpoint": {"plumbing", "model"},
     "data": {"plumbing", "data"},
@@ -35,7 +36,7 @@ MAY_IMPORT = {
     "denoise": {"model", "data", "loss"},
 }
 # Imports inside a function: a side door that is opened where it is needed.
-MAY_IMPORT_LATE = {"opening": {"convert", "fused"}, "train": {"baselines"},
+MAY_IMPORT_LATE = {"opening": {"convert", "fused", "packed"}, "train": {"baselines"},
                    "convert": {"peft_format"}, "pretrain": {"denoise"}}
 PACKAGES = {"torch", "numpy", "tiktoken", "tqdm"}
 

@@ -2,6 +2,7 @@
 
     python train.py                                 bundled model and task, a minute on a laptop
     python train.py --model gpt2-medium --data e2e  the paper's run, with the paper's settings
+    python train.py --model bart-large --data xsum --data-dir DIR      three prefixes, for BART
     python train.py --data my.jsonl                 your own task
     python train.py --resume out/NAME               goes on where it stopped, bit for bit
 

@@ -48,8 +48,9 @@ def test_the_target_is_the_text_and_the_source_its_sentences_in_another_order(to
         there = list(target)
         for token in kept:                      # nothing is made up
             there.remove(token)
-        moved += any(a != b for a, b in zip(kept, [t for t in target if t in kept]))
-    assert moved > 60                           # many have several sentences
+        left = iter(target)
+        moved += not all(token in left for token in kept)       # are they in the target's order?
+    assert moved > 60                           # most have several sentences
 
 
 def test_thirty_percent_are_masked_in_spans_of_three():

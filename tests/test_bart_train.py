@@ -191,6 +191,17 @@ def test_a_run_starts_from_the_prefixes_of_another(task, tmp_path):
         train.main([*task, "--start-from", "first", "--prefixes", "cross", "--out", "other"])
 
 
+def test_headlines_are_learned_decoded_and_scored(task, capsys):
+    """Would catch: a score that looks for a table in a report, three prefixes taken for one."""
+    evaluate = pytest.importorskip("evaluate", reason="evaluate.py, a side door, is not here")
+    task[task.index("tiny.jsonl")] = "world-headlines"
+    train.main([*task, "--steps", "2", "--dev-pairs", "4", "--out", "run"])
+    evaluate.main(["--run", "run", "--split", "dev", "--examples", "3", "--device", "cpu",
+                   "--max-new", "5"])
+    kept = json.loads(open("run/dev.scores.json").read())
+    assert kept["scores"]["all"]["slots"] == 0 and kept["scores"]["all"]["tables"] == 3
+
+
 def test_fine_tuning_goes_through_the_same_loop(task):
     """Would catch: an attribute error after minutes of loading, a BART that is saved half."""
     for flag in ("--prefix-len", "--mid-dim"):

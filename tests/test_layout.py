@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "reader": {"model"},
     "baselines": {"checkpoint"},
     "claims": {"plumbing", "data", "opening", "beam", "sample"},
-    "evaluate": {"plumbing", "data", "opening", "sample"},
+    "evaluate": {"plumbing", "data", "opening", "prefix", "sample"},
     "beam": set(),
     "sample": {"plumbing", "model", "prefix", "data", "opening", "beam", "reader"},
     "train": {"plumbing", "model", "checkpoint", "prefix", "data", "opening", "settings", "beam",

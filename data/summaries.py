@@ -35,6 +35,11 @@ def topic_of(address):
     return f"{found[1]}/{found[2]}" if found else ""
 
 
+def stem_of(split):
+    """What the usual files of a split are called."""
+    return {"dev": "val"}.get(split, split)
+
+
 def read_lines(source, target):
     """Rows of two files whose lines belong together; an article without text is left out."""
     texts = [formats.read_text(path).removesuffix("\n").split("\n") for path in (source, target)]
@@ -89,8 +94,8 @@ def read_xsum(name, split, folders):
                       ("xsum-within-news", True): lambda topic: (
                           topic.startswith("news/") and topic not in (*LEARNED_NEWS, "news/"))}
             return [row for row in rows if wanted[name, split == "test"](row[2])]
-        stem = {"dev": "val"}.get(split, split)
-        pair = [formats.find(folder, (f"{stem}.{side}",)) for side in ("source", "target")]
+        pair = [formats.find(folder, (f"{stem_of(split)}.{side}",))
+                for side in ("source", "target")]
         if all(pair):
             if name != "xsum":
                 raise ValueError(f"got {pair[0]} for {name}, which has no addresses; expected "
@@ -135,17 +140,18 @@ def rows_of(name, split, data_dir):
                          f"files; fetch them from {NAMES[name]}")
     folders = [Path(data_dir) / name, Path(data_dir) / "xsum", Path(data_dir) / "summarization",
                Path(data_dir)]
-    rows, files = None, (f"{split}.source",)
     if name.startswith("xsum"):
         rows = read_xsum(name, split, folders)
-        expected = f"{XSUM_SPLITS} with bbc-summary-data/, or {split}.source and {split}.target"
+        expected = (f"{XSUM_SPLITS} with bbc-summary-data/, or {stem_of(split)}.source and "
+                    f"{stem_of(split)}.target")
     else:
         read, files = {
             "dialogsum": (read_dialogsum, (f"dialogsum.{split}.jsonl", f"dialogsum_{split}.jsonl")),
             "scitldr": (read_scitldr, (f"SciTLDR-A/{split}.jsonl", f"scitldr_a_{split}.jsonl")),
         }[name]
-        path = next(filter(None, (formats.find(folder, files) for folder in folders)), None)
-        expected, rows = " or ".join(files), path and read(path)
+        found = [path for path in (formats.find(folder, files) for folder in folders) if path]
+        rows = read(found[0]) if found else None
+        expected = " or ".join(files)
     if rows is None:
         raise ValueError(f"got no {name} {split} file in {data_dir} or {folders[0]}, expected "
                          f"{expected}; fetch them from {NAMES[name]}")

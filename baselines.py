@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from model import load, save
+from checkpoint import load, save
 
 
 class FineTune(nn.Module):
@@ -20,6 +20,9 @@ class FineTune(nn.Module):
 
     def __init__(self, model, top=None):
         super().__init__()
+        if top is not None and model.architecture == "bart":
+            raise ValueError("got --method finetune-top2 with a BART; expected a GPT-2, the paper "
+                             "has its top two blocks for that one only; use --method finetune")
         if top is not None and not 1 <= top <= model.config.n_layer:
             raise ValueError(f"got the top {top} blocks of a model with {model.config.n_layer}; "
                              "expected at most all of them; use --method finetune")

@@ -29,7 +29,8 @@ from beam import Rules, search
 from model import GPT2, GPT2Config, attend, may_look
 from packed import pack, possible
 from plumbing import flag, parse, run, whole_file
-from sample import Reader, generate
+from reader import GPT2Reader
+from sample import generate
 
 SHAPES = {  # B, H, T, S, P; D = 64. GPT-2 medium's 16 heads; batches and lengths of the paper.
     "training, batch 5": (5, 16, 60, 60, 5),
@@ -215,7 +216,8 @@ def our_words(model, prefix):
     def words(prompts, beams):
         if beams == 1:
             return generate(model, prompts, rules, prefix)
-        return [row for row, _ in search(Reader(model, prompts, prefix, SAID, beams), rules, beams)]
+        return [row for row, _ in search(GPT2Reader(model, prompts, prefix, SAID, beams), rules,
+                                        beams)]
     return words
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints, by name or from files on disk -> weights/NAME, as model.load reads it.
+"""Hugging Face checkpoints, by name or from files on disk -> weights/NAME, as our programs read it.
 
     python convert.py gpt2-medium                       downloads, checks, converts
     python convert.py DIRECTORY --out weights/NAME      from config.json and its weights on disk
@@ -9,8 +9,8 @@ The prefix belongs to one frozen language model (Li & Liang 2021, section 4.2); 
 model in. sample.py and train.py call `fetch` for a name that weights/ does not have yet. A file
 from elsewhere is not trusted: tensors are read and code is refused, and every name and every shape
 must be what model.py expects, for a checkpoint that nearly fits would talk nonsense without an
-error. Not here: the tables of the names (model.py, beside the layers), the tokenizer, and peft's
-format (peft_format.py).
+error. Not here: the tables of the names (model.py, beside the layers), peft's format
+(peft_format.py), and the tokenizer, but for the file that numbers BART's tokens, which is kept.
 """
 import dataclasses
 import importlib.util
@@ -26,8 +26,9 @@ from pathlib import Path
 
 import torch
 
-from model import ARCHITECTURES, save
-from plumbing import download, flag, parse, run
+from checkpoint import save
+from model import ARCHITECTURES
+from plumbing import download, flag, parse, run, whole_file
 
 WEIGHTS = Path(__file__).parent / "weights"
 HUB = "https://huggingface.co"
@@ -39,6 +40,8 @@ NAMES = {
     "gpt2-large": ("openai-community/gpt2-large", "32b71b12589c2f8d625668d2335a01cac3249519"),
     "gpt2-xl": ("openai-community/gpt2-xl", "15ea56dee5df4983c59b2538573817e1667135e2"),
     "distilgpt2": ("distilbert/distilgpt2", "2290a62682d06624634c1f46a6ad5be0f47f38aa"),
+    "bart-base": ("facebook/bart-base", "aadd2ab0ae0c8268c7c9693540e9904811f36177"),
+    "bart-large": ("facebook/bart-large", "cb48c1365bd826bd521f650dc2e0940aee54720c"),
 }
 # SHA-256 sums that several publications agree on. For the other files the hub's own is asked for.
 SHA256 = {
@@ -56,7 +59,17 @@ SHA256 = {
 FIXED_OPTIONS = {
     "gpt2": {"activation_function": "gelu_new", "scale_attn_weights": True,
              "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+    "bart": {"activation_function": "gelu", "scale_embedding": False, "normalize_before": False,
+             "add_final_layer_norm": False, "normalize_embedding": True, "add_bias_logits": False,
+             "static_position_embeddings": False, "extra_pos_embeddings": 2,
+             "is_encoder_decoder": True, "tie_word_embeddings": True},
 }
+# What config.json or the newer generation_config.json says of decoding: kept, to decode alike.
+DECODING = ("forced_bos_token_id", "forced_eos_token_id", "num_beams", "length_penalty",
+            "min_length", "max_length", "no_repeat_ngram_size", "early_stopping", "bos_token_id",
+            "eos_token_id", "pad_token_id", "decoder_start_token_id")
+# The file that numbers BART's tokens: of Hugging Face's upload, or of fairseq's.
+VOCABULARIES = ("vocab.json", "dict.txt")
 # What git leaves in the place of a large file where git-lfs is not installed.
 LFS_POINTER = b"version https://git-lfs"
 
@@ -72,17 +85,29 @@ class Settings:
     model: str = flag("", "with --from-peft: its frozen model; left out: as peft's file names it")
 
 
+def read_object(path):
+    """The JSON object in a file."""
+    try:
+        return dict(json.loads(path.read_text("utf-8")).items())
+    except (ValueError, AttributeError) as error:       # not JSON; JSON, but not an object
+        raise ValueError(f"got {path}, which is damaged ({error}); expected a JSON object; delete "
+                         "it and download it again") from error
+
+
+def read_decoding(path, theirs):
+    """How the makers decode, by config.json (`theirs`) or generation_config.json beside `path`."""
+    newer = path.parent / "generation_config.json"
+    both = theirs | (read_object(newer) if newer.exists() else {})
+    return {name: both[name] for name in DECODING if both.get(name) is not None}
+
+
 def read_config(path):
     """(our config, its model class) of a Hugging Face config.json."""
     if not path.exists():
         raise ValueError(f"got {path.parent}, which has no config.json; expected it beside the "
                          "weights; download it from the model's page")
-    try:
-        theirs = json.loads(path.read_text("utf-8"))
-        kind = theirs.get("model_type")
-    except (ValueError, AttributeError) as error:       # not JSON; JSON, but not an object
-        raise ValueError(f"got {path}, which is damaged ({error}); expected a JSON object; delete "
-                         "it and download it again") from error
+    theirs = read_object(path)
+    kind = theirs.get("model_type")
     if kind not in ARCHITECTURES:
         raise ValueError(f"got {path} of model_type {kind!r}; expected one of "
                          f"{', '.join(ARCHITECTURES)}; choose a checkpoint of these")
@@ -93,6 +118,9 @@ def read_config(path):
     config_class, model_class = ARCHITECTURES[kind]
     ours = {}
     for field in dataclasses.fields(config_class):
+        if field.name == "decoding":
+            ours["decoding"] = read_decoding(path, theirs)
+            continue
         ours[field.name] = theirs.get(field.name)
         if not isinstance(ours[field.name], field.type) or ours[field.name] <= 0:
             raise ValueError(f"got {path} with {field.name} = {ours[field.name]!r}; expected a "
@@ -181,11 +209,15 @@ def our_names(theirs, model, source):
         ours[short] = tensor
     for name, twin in model.checkpoint_tied.items():
         copy = ours.pop(name, None)
-        if copy is None or twin not in ours:
+        if copy is None:
             continue
+        ours.setdefault(twin, copy)             # a file may have the one tensor under any name
         if copy.dtype != ours[twin].dtype or not torch.equal(copy, ours[twin]):
             raise ValueError(f"got {source} where {name} differs from {twin}; expected one tensor "
                              "for both, as in the paper's models; choose another checkpoint")
+    for name in model.checkpoint_zero:
+        like = next((t for t in ours.values() if t.is_floating_point()), torch.zeros(()))
+        ours.setdefault(name, like.new_zeros(model.state_dict()[name].shape))
     return ours
 
 
@@ -230,13 +262,22 @@ def read_checkpoint(directory):
 
 
 def convert(source_directory, out_directory):
-    """Read the Hugging Face checkpoint in one directory, write what model.load reads to another."""
+    """Read the Hugging Face checkpoint in one directory, write what `load` reads to another."""
     if Path(source_directory).resolve() == Path(out_directory).resolve():
         raise ValueError(f"got {out_directory} to read and to write; expected two directories, for "
                          "both have a config.json; choose another one with --out")
     config, state = read_checkpoint(source_directory)
     model = empty_model(config, dict(ARCHITECTURES.values())[type(config)])
+    vocabularies = [path for path in map(Path(source_directory).joinpath, VOCABULARIES)
+                    if path.exists()]
+    if model.architecture == "bart" and not vocabularies:
+        raise ValueError(f"got {source_directory}, a BART without its vocabulary; expected "
+                         f"{' or '.join(VOCABULARIES)}, for its tokens have other numbers than "
+                         "GPT-2's; download one from the model's page")
     model.load_state_dict(state, assign=True)
+    if model.architecture == "bart":
+        with whole_file(Path(out_directory) / vocabularies[0].name) as file:
+            file.write(vocabularies[0].read_bytes())
     save(model, out_directory)
 
 
@@ -284,7 +325,8 @@ def fetch(name, out_directory, hub=HUB):
     (repository, commit), source = NAMES[name], Path(out_directory) / "hf"
     has_safetensors = importlib.util.find_spec("safetensors") is not None
     weights = "model.safetensors" if has_safetensors else "pytorch_model.bin"
-    for file in ("config.json", weights):
+    vocabulary = ("vocab.json",) if name.startswith("bart") else ()
+    for file in ("config.json", *vocabulary, weights):
         if (source / file).exists():
             print(f"{source / file} is there already", file=sys.stderr)
             continue

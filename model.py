@@ -1,29 +1,24 @@
-"""GPT-2, written out by hand, with attention that takes a prefix of extra keys and values.
+"""GPT-2 and BART, written out by hand, with attention that takes a prefix of extra keys and values.
 
 `attend` is the definition of attention with a prefix (Li & Liang 2021, section 4.2, equation 3: the
 activations h_i of a prefix position are read from P_theta, all others are computed by the language
-model) and the only softmax over keys in the core. The model follows Radford et al. 2019 and the
-layout of the Hugging Face checkpoints, whose names it keeps. prefix.py, train.py and sample.py call
-it. Not here: the prefix itself (this file sees tensors only), training, decoding, dropout (a frozen
-model runs without it, as in the official code for GPT-2), and the reading of foreign files
-(convert.py).
+model) and the only softmax over keys in the core. The models follow Radford et al. 2019 and Lewis
+et al. 2019 and the layout of the Hugging Face checkpoints, whose names they keep. prefix.py,
+train.py and sample.py call them. Not here: the prefix itself (tensors only), training, decoding,
+dropout (a frozen model runs without), files (checkpoint.py, convert.py).
 
 Letters, true in every file:
 B batch    T queries   S keys of the text   P prefix length   V vocabulary
 L layers   H heads     D head size          C width = H * D
 """
 import dataclasses
-import hashlib
-import json
 import math
-import pickle
-from pathlib import Path
+import types
+import typing
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-
-from plumbing import whole_file
 
 
 def may_look(real, T, causal):
@@ -80,7 +75,7 @@ class Cache:
     """
 
     def __init__(self, model, batch, room, prefix=None):
-        c, like = model.config, model.wte.weight
+        c, like = model.config.at("decoder"), model.wte.weight
         self.kv = like.new_zeros(c.n_layer, 2, batch, c.n_head, room, c.n_embd // c.n_head)
         self.length = 0                                         # tokens read; the model advances it
         if prefix is not None:
@@ -107,6 +102,15 @@ class GPT2Config:
     n_layer: int = 12               # L
     n_head: int = 12                # H
     layer_norm_epsilon: float = 1e-5
+
+    def at(self, place):
+        """The sizes of the keys and values at `place`: GPT-2 has one place only, "decoder"."""
+        return self
+
+    @property
+    def forced(self):
+        """The first and the last token of what is said, where they are forced: nothing is here."""
+        return {}
 
 
 class Attention(nn.Module):
@@ -153,7 +157,7 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """The language model LM_phi. `fingerprint` tells whose weights these are (set by `load`)."""
 
-    architecture = "gpt2"
+    architecture, places = "gpt2", ("decoder",)
     # How a Hugging Face checkpoint differs from this file, by the ends of its names (convert.py
     # reads it).
     checkpoint_root = "transformer."                # stands in front of every name, or does not
@@ -161,6 +165,7 @@ class GPT2(nn.Module):
                              "mlp.c_fc.weight", "mlp.c_proj.weight")       # nn.Linear has (out, in)
     checkpoint_ignored = ("attn.bias", "attn.masked_bias")            # the causal mask, as a buffer
     checkpoint_tied = {"lm_head.weight": "wte.weight"}
+    checkpoint_zero = ()                            # what a checkpoint may lack: it is 0 then
 
     def __init__(self, config):
         super().__init__()
@@ -221,63 +226,223 @@ class GPT2(nn.Module):
         return F.linear(hidden, self.wte.weight)
 
 
-ARCHITECTURES = {"gpt2": (GPT2Config, GPT2)}
-# What reading a file that is damaged, or is something else, can raise.
-UNREADABLE = (OSError, EOFError, LookupError, ArithmeticError, AttributeError, TypeError,
-              ValueError, RuntimeError, pickle.UnpicklingError)
+# ---- BART: an encoder reads the source, a decoder looks at it while it writes the target
 
-
-def why(error):
-    """What is wrong with a file, in a few words."""
-    if isinstance(error, pickle.UnpicklingError):   # PyTorch's own words advise to run it
-        return "it holds code, or is no file of tensors"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def fingerprint(model):
-    """A name for these very weights: 16 digits of SHA-256 of all names, shapes and numbers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
-def save(model, directory):
-    """Write DIRECTORY/config.json and DIRECTORY/model.pt, each whole or not at all."""
-    directory = Path(directory)
-    about = {"architecture": model.architecture, "fingerprint": fingerprint(model),
-             "config": dataclasses.asdict(model.config)}
-    # Without its config.json the directory is no model: a kill between the two files cannot leave
-    # new weights under an old fingerprint.
-    (directory / "config.json").unlink(missing_ok=True)
-    with whole_file(directory / "model.pt") as file:
-        torch.save(model.state_dict(), file)
-    with whole_file(directory / "config.json", "w") as file:    # last: its presence says "complete"
-        json.dump(about, file, indent=1)
-
-
-def load(directory, device="cpu", dtype=torch.float32):
-    """The frozen model in DIRECTORY: every weight has requires_grad False.
-
-    Raises ValueError where the directory does not hold a model written by `save`.
+class Places(typing.NamedTuple):
+    """A prefix of BART: one for each kind of attention, each (L, 2, 1 or B, H, P, D), keys then
+    values of every layer. Their lengths P may differ and be 0: no prefix there.
     """
-    directory = Path(directory)
-    try:
-        about = json.loads((directory / "config.json").read_text("utf-8"))
-        config_class, model_class = ARCHITECTURES[about["architecture"]]
-        config, mark = config_class(**about["config"]), about["fingerprint"]
-        state = torch.load(directory / "model.pt", map_location="cpu", weights_only=True)
-        with torch.device("meta"):         # no numbers yet: they come from the file, without a copy
-            model = model_class(config)
-        model.load_state_dict(state, assign=True)
-        if fingerprint(model) != mark:
-            raise ValueError("model.pt holds other weights than config.json tells of")
-    except FileNotFoundError as error:
-        raise ValueError(f"got {directory}, which has no {Path(error.filename).name}; expected "
-                         "what convert.py writes; make it with `python convert.py`") from error
-    except UNREADABLE as error:
-        raise ValueError(f"got {directory}, whose files do not fit ({why(error)}); expected what "
-                         "convert.py writes; make it again") from error
-    model.fingerprint = mark
-    return model.to(device, dtype).requires_grad_(False).eval()
+    encoder: torch.Tensor       # in front of the source, as the source looks at itself
+    decoder: torch.Tensor       # in front of the target, as the target looks at itself
+    cross: torch.Tensor         # in front of the source, as the target looks at it
+
+    def to(self, like):
+        """All three in another dtype, or as the tensor `like`."""
+        return Places(*(prefix.to(like) for prefix in self))
+
+
+class Memory(typing.NamedTuple):
+    """What the decoder sees of a source: computed once, looked at by every layer and token."""
+    kv: torch.Tensor            # (L, 2, B, H, S, D), each decoder layer's keys and values of it
+    real: torch.Tensor          # (1 or B, S) bool, False at padding
+
+
+@dataclasses.dataclass(frozen=True)
+class BARTConfig:
+    """The shape of a BART, the large one where nothing is said; names as in config.json."""
+    vocab_size: int = 50265                 # V
+    max_position_embeddings: int = 1024     # the longest source, and the longest target
+    d_model: int = 1024                     # C
+    encoder_layers: int = 12                # L
+    decoder_layers: int = 12                # L
+    encoder_attention_heads: int = 16       # H
+    decoder_attention_heads: int = 16       # H
+    encoder_ffn_dim: int = 4096
+    decoder_ffn_dim: int = 4096
+    decoder_start_token_id: int = 2         # </s> stands in front of every target
+    # How its makers decode with it: num_beams, forced_bos_token_id, ...; under their names.
+    decoding: dict = dataclasses.field(default_factory=dict)
+
+    def at(self, place):
+        """The sizes of the keys and values at `place`, under GPT-2's names."""
+        L, H = ((self.encoder_layers, self.encoder_attention_heads) if place == "encoder" else
+                (self.decoder_layers, self.decoder_attention_heads))
+        return types.SimpleNamespace(n_layer=L, n_head=H, n_embd=self.d_model)
+
+    @property
+    def n_positions(self):
+        return self.max_position_embeddings
+
+    @property
+    def forced(self):
+        """The first and the last token of what is said, where the makers force them."""
+        return {"first": self.decoding.get("forced_bos_token_id"),
+                "last": self.decoding.get("forced_eos_token_id")}
+
+
+class BARTAttention(nn.Module):
+    """Encoder, decoder and cross-attention: the keys and values are handed in, from the text itself
+    or from elsewhere.
+    """
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.k_proj, self.v_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.q_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
+
+    def split(self, x):
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)                 # (B, H, T, D)
+
+    def keys_and_values(self, x):
+        return self.split(self.k_proj(x)), self.split(self.v_proj(x))           # (B, H, S, D) each
+
+    def forward(self, x, k, v, prefix, real, causal, attend):
+        pk, pv = prefix                                                 # (1 or B, H, P, D) each
+        y = attend(self.split(self.q_proj(x)), k, v, pk, pv, real, causal)      # (B, H, T, D)
+        return self.out_proj(y.transpose(1, 2).flatten(2))                      # (B, T, C)
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, inner = config.d_model, config.encoder_ffn_dim
+        self.self_attn = BARTAttention(C, config.encoder_attention_heads)
+        self.self_attn_layer_norm = nn.LayerNorm(C)
+        self.fc1, self.fc2 = nn.Linear(C, inner), nn.Linear(inner, C)
+        self.final_layer_norm = nn.LayerNorm(C)
+
+    def forward(self, x, prefix, real, attend):
+        k, v = self.self_attn.keys_and_values(x)                                # (B, H, S, D) each
+        y = self.self_attn(x, k, v, prefix, real, False, attend)                # (B, S, C)
+        x = self.self_attn_layer_norm(x + y)    # after the sum, where GPT-2 has it before the layer
+        # BART was trained with the exact GELU; GPT-2's tanh form would change every logit a little.
+        return self.final_layer_norm(x + self.fc2(F.gelu(self.fc1(x))))         # (B, S, C)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, inner = config.d_model, config.decoder_ffn_dim
+        self.self_attn = BARTAttention(C, config.decoder_attention_heads)
+        self.self_attn_layer_norm = nn.LayerNorm(C)
+        self.encoder_attn = BARTAttention(C, config.decoder_attention_heads)
+        self.encoder_attn_layer_norm = nn.LayerNorm(C)
+        self.fc1, self.fc2 = nn.Linear(C, inner), nn.Linear(inner, C)
+        self.final_layer_norm = nn.LayerNorm(C)
+
+    def forward(self, x, prefix, real, memory, cross_prefix, cross_real, layer, cache, attend):
+        k, v = self.self_attn.keys_and_values(x)                                # (B, H, T, D) each
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)                                    # (B, H, S, D) each
+        y = self.self_attn(x, k, v, prefix, real, True, attend)                 # (B, T, C)
+        x = self.self_attn_layer_norm(x + y)
+        k, v = memory                                                   # (B, H, S, D), the source's
+        y = self.encoder_attn(x, k, v, cross_prefix, cross_real, False, attend)  # (B, T, C)
+        x = self.encoder_attn_layer_norm(x + y)
+        return self.final_layer_norm(x + self.fc2(F.gelu(self.fc1(x))))         # (B, T, C)
+
+
+class Stack(nn.Module):
+    """The encoder, or the decoder: positions and layers. The words are shared by both."""
+
+    def __init__(self, config, layers):
+        super().__init__()
+        # 2 rows more than positions, as fairseq had them for padding: text begins in row 2.
+        self.embed_positions = nn.Embedding(config.max_position_embeddings + 2, config.d_model)
+        self.layernorm_embedding = nn.LayerNorm(config.d_model)
+        self.layers = nn.ModuleList(layers)
+
+    def embed(self, words, where, read):
+        """words: (B, T, C); where: (T,) or (B, T), their positions; read: tokens so far, these too,
+        which is more than positions only where texts branch. Returns (B, T, C).
+        """
+        most = len(self.embed_positions.weight) - 2
+        if read > most <= where.max():
+            raise ValueError(f"got a text of {where.max() + 1} tokens; expected at most {most}, "
+                             "the positions of this model; shorten it")
+        return self.layernorm_embedding(words + self.embed_positions(where + 2))    # (B, T, C)
+
+
+class BART(nn.Module):
+    """Lewis et al. 2019. Differs from the paper: no dropout while a prefix learns. The official
+    code leaves BART's own on, a side effect of its trainer.
+    """
+
+    architecture, places = "bart", Places._fields
+    checkpoint_root, checkpoint_transposed = "model.", ()
+    checkpoint_ignored = ("encoder.version", "decoder.version")         # of fairseq's, in old files
+    checkpoint_tied = {"encoder.embed_tokens.weight": "shared.weight",
+                       "decoder.embed_tokens.weight": "shared.weight",
+                       "lm_head.weight": "shared.weight"}
+    checkpoint_zero = ("final_logits_bias",)
+
+    def __init__(self, config):
+        super().__init__()
+        for heads in (config.encoder_attention_heads, config.decoder_attention_heads):
+            if config.d_model % heads:
+                raise ValueError(f"got width {config.d_model} and {heads} heads; expected a "
+                                 "multiple of the heads; correct the model's config.json")
+        self.config = config
+        self.fingerprint = ""
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = Stack(config, (EncoderLayer(config) for _ in range(config.encoder_layers)))
+        self.decoder = Stack(config, (DecoderLayer(config) for _ in range(config.decoder_layers)))
+        self.register_buffer("final_logits_bias", torch.zeros(1, config.vocab_size))
+
+    @property
+    def wte(self):
+        """The word embedding under GPT-2's name: the programs ask it for device and dtype."""
+        return self.shared
+
+    def no_prefix(self):
+        """The prefix of length 0 at every place."""
+        sizes = (self.config.at(place) for place in self.places)
+        return Places(*(self.shared.weight.new_empty(s.n_layer, 2, 1, s.n_head, 0,
+                                                     s.n_embd // s.n_head) for s in sizes))
+
+    def encode(self, ids, real=None, prefix=None, attend=attend):
+        """Read sources ids (B, S) once, for any number of calls of the decoder: a `Memory`.
+
+        real: (B, S) bool, False at padding. prefix: `Places`. attend: see GPT2.forward.
+        """
+        prefix = self.no_prefix() if prefix is None else prefix
+        real = torch.ones_like(ids[:1], dtype=torch.bool) if real is None else real  # (1 or B, S)
+        keys = F.pad(real, (prefix.encoder.size(4), 0), value=True)             # (1 or B, P+S)
+        # The text starts at position 0 whatever the prefix, as in the official code: a prefix of
+        # BART takes no one's place, so it may even be longer than the positions.
+        where = torch.arange(ids.size(1), device=ids.device)                    # (S,)
+        x = self.encoder.embed(self.shared(ids), where, ids.size(1))            # (B, S, C)
+        for layer, block in enumerate(self.encoder.layers):
+            x = block(x, prefix.encoder[layer], keys, attend)                   # (B, S, C)
+        kv = [torch.stack(block.encoder_attn.keys_and_values(x)) for block in self.decoder.layers]
+        return Memory(torch.stack(kv), real)                                # kv (L, 2, B, H, S, D)
+
+    def forward(self, ids, prefix=None, real=None, cache=None, attend=attend, memory=None):
+        """Hidden states of the target's tokens `ids` (B, T), which begin with </s>: (B, T, C).
+
+        prefix: `Places`. real, cache, attend: as in GPT2.forward, of the decoder's own attention.
+        memory: the source, from `encode`.
+        """
+        prefix = self.no_prefix() if prefix is None else prefix
+        past, P = 0 if cache is None else cache.length, prefix.decoder.size(4)
+        where = torch.arange(past, past + ids.size(1), device=ids.device)       # (T,)
+        if real is None:
+            real = torch.ones(1, P + past + ids.size(1), dtype=torch.bool, device=ids.device)
+        elif real.dim() == 3:               # texts that branch: a token stands behind its own past
+            where = real.sum(2) - P - 1                                         # (B, T)
+        source = F.pad(memory.real, (prefix.cross.size(4), 0), value=True)      # (1 or B, P+S)
+        x = self.decoder.embed(self.shared(ids), where, past + ids.size(1))     # (B, T, C)
+        for layer, block in enumerate(self.decoder.layers):
+            x = block(x, prefix.decoder[layer], real, memory.kv[layer], prefix.cross[layer], source,
+                      layer, cache, attend)                                     # (B, T, C)
+        if cache is not None:
+            cache.length += ids.size(1)
+        return x                                                                # (B, T, C)
+
+    def head(self, hidden):
+        """Logits of hidden states (..., C) -> (..., V). The head is the word embedding again."""
+        return F.linear(hidden, self.shared.weight, self.final_logits_bias[0])
+
+
+ARCHITECTURES = {"gpt2": (GPT2Config, GPT2), "bart": (BARTConfig, BART)}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from model import UNREADABLE, why
+from checkpoint import UNREADABLE, why
 from opening import open_model, open_run, run_settings
 from plumbing import whole_file
 from prefix import save_prefix

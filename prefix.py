@@ -5,8 +5,8 @@ Li & Liang 2021, section 4. Equation 3: h_i = P_theta[i, :] where i is a prefix 
 LM_phi(z_i, h_<i) elsewhere; only theta learns. Section 4.3: P_theta[i, :] = MLP_theta(P'_theta[i,
 :]), which is easier to train than P_theta itself; afterwards only P_theta is kept (`fold`). A
 prefix is plain data to the model: a tensor (L, 2, 1, H, P, D), the keys (0) and values (1) of every
-layer. train.py trains one, sample.py puts one in front. Not here: the loop, attention (model.py).
-Letters as in model.py.
+layer; for BART three of them, its `Places`. train.py trains one, sample.py puts one in front. Not
+here: the loop, attention (model.py). Letters as in model.py.
 """
 from pathlib import Path
 
@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model import UNREADABLE, Cache, why
+from checkpoint import UNREADABLE, why
+from model import Cache, Places, attend
 from plumbing import whole_file
 
 FORMAT = "prefix-tuning 1"
@@ -90,34 +91,74 @@ class Prefix(nn.Module):
         return F.mse_loss(self.mlp(self.table), flat).item()
 
 
+class Prefixes(nn.ModuleDict):
+    """BART's: at each place (see `Places`) that is used a `Prefix` with its own table and MLP.
+
+    config: the frozen BART's. lengths: {place: P}; a place that is left out has no prefix.
+    """
+
+    def __init__(self, config, lengths, mid_dim=800, init="random"):
+        if not lengths or not set(lengths) <= set(Places._fields):
+            raise ValueError(f"got prefixes at {', '.join(lengths) or 'no place'}; expected one or "
+                             f"more of {', '.join(Places._fields)}")
+        super().__init__({place: Prefix(config.at(place), length, mid_dim, init)
+                          for place, length in lengths.items()})
+        sizes = {place: config.at(place) for place in Places._fields}
+        self.nothing = {place: (s.n_layer, 2, 1, s.n_head, 0, s.n_embd // s.n_head)
+                        for place, s in sizes.items()}                  # the shape of length 0
+
+    def complete(self, found):
+        """`Places` of {place: tensor}; what is not there gets the length 0."""
+        like = next(iter(found.values()))
+        return Places(*(found.get(place, like.new_empty(shape))
+                        for place, shape in self.nothing.items()))
+
+    def forward(self):
+        return self.complete({place: prefix() for place, prefix in self.items()})
+
+    def fold(self):
+        return self.complete({place: prefix.fold() for place, prefix in self.items()})
+
+    def start_from(self, target, steps=500, lr=1e-4):
+        """Start each prefix at its own part of `target`; returns the mean of the errors left."""
+        left = [prefix.start_from(getattr(target, place), steps, lr)
+                for place, prefix in self.items()]
+        return sum(left) / len(left)
+
+    def stored(self):
+        return sum(prefix.stored() for prefix in self.values())
+
+    keep, kept = Prefix.keep, Prefix.kept       # one file holds them all
+
+
 @torch.no_grad()
 def keys_and_values(model, ids):
     """What the frozen model itself computes for the words `ids`, a list of P tokens: (L, 2, 1, H,
-    P, D).
+    P, D), of BART `Places`.
 
-    As a prefix it is exactly those words put in front of the text (a hard prompt): attention sees
-    nothing of a token but its key and value, and the text's positions start at P either way.
+    As a prefix of GPT-2 it is exactly those words put in front of the text (a hard prompt):
+    attention sees nothing of a token but its key and value, and the text's positions start at P
+    either way. Of BART, "cross" is exactly a source that begins with those words; "encoder" and
+    "decoder" are nearly that, for there the text keeps its positions, and the words never see it.
     """
+    if model.architecture == "bart":
+        kept, words = [], torch.tensor([ids], device=model.wte.weight.device)   # (1, P)
+
+        def keep(q, k, v, *rest):               # every attention of BART passes by here, in order
+            kept.append(torch.stack((k, v)))                                    # (2, 1, H, P, D)
+            return attend(q, k, v, *rest)
+        model(words, memory=model.encode(words, attend=keep), attend=keep)
+        inside = model.config.encoder_layers
+        return Places(torch.stack(kept[:inside]), torch.stack(kept[inside::2]),
+                      torch.stack(kept[inside + 1::2]))                 # (L, 2, 1, H, P, D) each
     cache = Cache(model, batch=1, room=len(ids))
     model(torch.tensor([ids], device=model.wte.weight.device), cache=cache)
     return cache.kv
 
 
-def stacked(prefixes, B):
-    """Prefixes of different lengths as one of B rows (L, 2, B, H, P, D), and which of its keys are
-    real, (B, P).
-
-    prefixes: a list of B folded ones (L, 2, 1, H, P_b, D), or one (L, 2, 1 or B, H, P, D), which
-    stays as it is. A shorter one stands on the right, next to the text; what is in front of it is
-    no key, so every row gets what it would get alone.
-    """
-    if not isinstance(prefixes, list):
-        return prefixes, prefixes.new_ones(B, prefixes.size(4), dtype=torch.bool)
-    P = max(p.size(4) for p in prefixes)
-    wide = [F.pad(p, (0, 0, P - p.size(4), 0)) for p in prefixes]       # (L, 2, 1, H, P, D)
-    gap = torch.tensor([[P - p.size(4)] for p in prefixes], device=prefixes[0].device)  # (B, 1)
-    # (L, 2, B, H, P, D) and (B, P)
-    return torch.cat(wide, 2), torch.arange(P, device=gap.device) >= gap
+def parts(prefix):
+    """The tensors of a folded prefix: one of GPT-2, three of BART."""
+    return prefix if isinstance(prefix, Places) else (prefix,)
 
 
 def counts(learner, model):
@@ -129,14 +170,18 @@ def counts(learner, model):
 
 
 def save_prefix(path, folded, model):
-    """Write a folded prefix (L, 2, 1, H, P, D) and the fingerprint of the model it belongs to."""
+    """Write a folded prefix (L, 2, 1, H, P, D), or `Places` of them, and the fingerprint of the
+    model it belongs to.
+    """
+    kept = [part.float().cpu() for part in parts(folded)]
     with whole_file(path) as file:
         torch.save({"format": FORMAT, "fingerprint": model.fingerprint,
-                    "prefix": folded.float().cpu()}, file)
+                    "prefix": kept[0] if len(kept) == 1 else dict(zip(model.places, kept))}, file)
 
 
 def load_prefix(path, model):
-    """The folded prefix in `path`, on the model's device and in its dtype: (L, 2, 1, H, P, D).
+    """The folded prefix in `path`, on the model's device and in its dtype: (L, 2, 1, H, P, D), or
+    `Places` of them.
 
     Raises ValueError for a file that is not a prefix, or a prefix trained with other weights: keys
     and values mean nothing to a model that did not help to find them.
@@ -145,15 +190,18 @@ def load_prefix(path, model):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["format"] != FORMAT:
             raise KeyError("format")
-        mark, prefix = saved["fingerprint"], saved["prefix"]
-        wanted, P = model.no_prefix().shape, prefix.size(4)     # (L, 2, 1, H, 0, D)
+        mark, prefix, wanted = saved["fingerprint"], saved["prefix"], model.no_prefix()
+        prefix = Places(**prefix) if isinstance(wanted, Places) else prefix
+        shapes = [(tuple(part.shape), (*like.shape[:4], part.size(4), like.size(5)))
+                  for part, like in zip(parts(prefix), parts(wanted))]  # (L, 2, 1, H, P, D) each
     except UNREADABLE as error:
         raise ValueError(f"got {path}, which is no prefix ({why(error)}); expected the prefix.pt "
-                         "of a run of train.py") from error
+                         "of a run of train.py with this kind of model") from error
     if mark != model.fingerprint:
         raise ValueError(f"got {path}, a prefix for the model {mark!r}, expected one for the model "
                          f"that is loaded, {model.fingerprint!r}; load the one it was trained with")
-    if prefix.shape != (*wanted[:4], P, wanted[5]):
-        raise ValueError(f"got {path} with a prefix of shape {tuple(prefix.shape)}, expected "
-                         f"{tuple(wanted[:4])} + (P, {wanted[5]}); train it again")
+    for shape, wanted in shapes:
+        if shape != wanted:
+            raise ValueError(f"got {path} with a prefix of shape {shape}, expected {wanted}; train "
+                             "it again")
     return prefix.to(model.wte.weight)

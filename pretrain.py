@@ -1,9 +1,10 @@
-"""Trains the bundled tiny GPT-2 from scratch on the text of the micro-world: `python pretrain.py`.
+"""Trains the bundled models from scratch on the text of the micro-world: `python pretrain.py`.
 
 Stands for the pre-training that the paper takes for granted: its models are GPT-2 and BART. The
 batch of step n is a function of the seed and n, so a run that was stopped goes on with --resume as
 if nothing had happened. A side door: nobody imports it.
-Not here: the text (data/world_text.py) and the tasks of prefix-tuning (data/world.py).
+Not here: the text (data/world_text.py), what is BART's own (denoise.py) and the tasks of
+prefix-tuning (data/world.py).
 Letters as in model.py.
 """
 import dataclasses
@@ -11,6 +12,7 @@ import itertools
 import json
 import math
 import random
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +21,7 @@ import torch
 from torch import distributed
 from torch.nn import functional as F
 
+import checkpoint
 import model as gpt2
 from data.bpe import learn_tokens, world_texts, write_tokens
 from data.tokenizer import load_tokenizer
@@ -28,11 +31,13 @@ from plumbing import flag, parse, run, whole_file
 
 @dataclasses.dataclass
 class Settings:
+    model: str = flag("tiny-gpt2", "tiny-gpt2, a language model; tiny-bart, which undoes noise",
+                      choices=["tiny-gpt2", "tiny-bart"])
     tokens: int = flag(150_000_000, "how many tokens to read, packed and padded")
     vocabulary: int = flag(1280, "tokens of a new tokenizer, <|endoftext|> included")
     context: int = flag(192, "positions of the model, and tokens of a row of text")
     width: int = flag(192, "C, the width of the model")
-    layers: int = flag(4, "L, its blocks")
+    layers: int = flag(4, "L, its blocks; of tiny-bart in the encoder and again in the decoder")
     heads: int = flag(4, "H, its attention heads")
     rows: int = flag(16, "rows of text in a step of each process")
     processes: int = flag(1, "processes that share a step, each with rows of its own; on a CPU as "
@@ -48,7 +53,7 @@ class Settings:
     probe_every: int = flag(200, "steps between two lines of the log")
     save_every: int = flag(1000, "steps between two savings of the state")
     out: str = flag("out/pretrain", "directory of the run: its state, log and tokenizer")
-    weights: str = flag("weights/tiny-gpt2", "directory for the finished model, in 16 bits")
+    weights: str = flag("", "directory for the finished model, in 16 bits; left out: weights/MODEL")
     resume: bool = flag(False, "go on with the run in --out")
     stop_at: int = flag(0, "stop after this step, to be resumed; 0: at the end")
 
@@ -200,7 +205,8 @@ class Muon(torch.optim.Optimizer):
 
 def optimizers_of(net, settings):
     """Muon for the matrices of the blocks, AdamW for words, positions, biases and LayerNorms."""
-    inside = [weight for weight in net.h.parameters() if weight.dim() == 2]
+    inside = [weight for name, weight in net.named_parameters()
+              if weight.dim() == 2 and re.search(r"^h\.|layers\.", name)]
     others = [weight for weight in net.parameters() if all(weight is not w for w in inside)]
     dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
     return [Muon(inside, settings.matrix_lr, dtype=dtype),
@@ -241,6 +247,14 @@ def probe(net, tokenizer, count=64):
                 copied.append(all(hit[n - 1] for n in value))
     return {name: round(sum(numbers) / len(numbers), 4) for name, numbers in
             (("prose", prose), ("copy", copy), ("copied", copied))}
+
+
+def parts_of(model):
+    """(new_model, Batches, loss_of, probe) of the model by this name."""
+    if model == "tiny-gpt2":
+        return new_model, Batches, loss_of, probe
+    import denoise                              # BART's, another side door
+    return denoise.new_model, denoise.Batches, denoise.loss_of, denoise.probe
 
 
 # ---- the run: what is kept on disk
@@ -290,8 +304,14 @@ def begin(settings):
         raise ValueError(f"got --out {out}, which holds a run; expected a new directory; choose "
                          "another, or go on with --resume")
     if not (out / "tokenizer.tiktoken").exists():
-        tokens = learn_tokens(world_texts(20_000, settings.seed), settings.vocabulary - 1)
-        write_tokens(tokens, out / "tokenizer.tiktoken")
+        texts = world_texts(20_000, settings.seed)
+        if settings.model == "tiny-bart":
+            from denoise import vocabulary_texts
+            texts = vocabulary_texts(20_000, settings.seed)
+        write_tokens(learn_tokens(texts, settings.vocabulary - 1), out / "tokenizer.tiktoken")
+    if settings.model == "tiny-bart":           # its numbers: those of the tokenizer, moved by 4
+        with whole_file(out / "dict.txt", "w") as file:
+            file.writelines(f"{number} 1\n" for number in range(settings.vocabulary))
     (out / "log.jsonl").unlink(missing_ok=True)     # of a run that ended before its first saving
     recipe = {name: value for name, value in dataclasses.asdict(settings).items()
               if name not in FREE}
@@ -300,8 +320,10 @@ def begin(settings):
 
 def finish(net, settings):
     """Write the model in 16 bits, its tokenizer, and the log of how it came about."""
-    gpt2.save(net.half(), settings.weights)
+    checkpoint.save(net.half(), settings.weights)
     copies = {"tokenizer.tiktoken": "tokenizer.tiktoken", "log.jsonl": "pretrain_log.jsonl"}
+    if settings.model == "tiny-bart":
+        copies["dict.txt"] = "dict.txt"
     for name, goal in copies.items():
         with whole_file(Path(settings.weights) / goal) as file:
             file.write((Path(settings.out) / name).read_bytes())
@@ -320,7 +342,8 @@ def pretrain(rank, settings, meeting):
         distributed.init_process_group("gloo", f"file://{meeting}", rank=rank,
                                        world_size=s.processes)
     steps = max(1, s.tokens // (s.rows * s.context * s.processes))
-    net = new_model(s).to(device)
+    make, texts_of, loss_of, probe = parts_of(s.model)
+    net = make(s).to(device)
     optimizers = optimizers_of(net, s)
     start, before = load_state(net, optimizers, s) if s.resume else (0, 0.0)
     tokenizer = load_tokenizer(s.out)
@@ -329,14 +352,14 @@ def pretrain(rank, settings, meeting):
         size = sum(weight.numel() for weight in net.parameters())
         print(f"{size:,} parameters on {device}, step {start} of {steps}", flush=True)
     texts = range(start * s.processes + rank, stop * s.processes, s.processes)
-    batches = torch.utils.data.DataLoader(Batches(tokenizer, s, texts), batch_size=None,
+    batches = torch.utils.data.DataLoader(texts_of(tokenizer, s, texts), batch_size=None,
                                           num_workers=s.workers)
     began, losses = time.perf_counter(), []
-    for step, (ids, labels) in enumerate(batches, start):
+    for step, batch in enumerate(batches, start):
         for optimizer, rate in zip(optimizers, (s.matrix_lr, s.lr), strict=True):
             optimizer.param_groups[0]["lr"] = rate * schedule(step, steps, s.warmup)
         with torch.autocast(device, torch.bfloat16, enabled=s.dtype == "bf16"):
-            loss, count = loss_of(net, ids.to(device), labels.to(device))
+            loss, count = loss_of(net, *(part.to(device) for part in batch))
         net.zero_grad()
         loss.backward()
         mean = share_gradients(net, loss, count)
@@ -363,7 +386,8 @@ def pretrain(rank, settings, meeting):
 
 
 def main(argv=None):
-    settings = parse(Settings, argv, "Pre-train the bundled tiny GPT-2 on the micro-world's text.")
+    settings = parse(Settings, argv, "Pre-train a bundled model on the micro-world's text.")
+    settings.weights = settings.weights or f"weights/{settings.model}"
     if not settings.resume:
         begin(settings)
     if settings.processes == 1:

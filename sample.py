@@ -17,23 +17,23 @@ from math import inf
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from beam import Rules, search
 from data import formats, sequence
-from model import Cache
 from model import attend as written_out
 from opening import find_attention, open_model, open_run, pack_weights, run_settings
 from plumbing import flag, parse, run, whole_file
-from prefix import load_prefix, stacked
+from prefix import load_prefix
+from reader import reader_of
 
 LINE_BREAKS = ("\n", "\n\n")           # never said after a table: tokens 198 and 628 of GPT-2
 # What a flag left out means, by the data set of the (first) run: the official code's choices. Its
 # 11 and 62 tokens of a summary count the token that BART starts from, which nobody generates.
 TABLES = dict(beam=5, min_new=5, max_new=100, length_penalty=1.0)
-DEFAULTS = {"e2e": TABLES, "webnlg": TABLES, "dart": TABLES,
-            "xsum": dict(beam=6, min_new=10, max_new=61, length_penalty=0.8),
+SUMMARIES = dict(beam=6, min_new=10, max_new=61, length_penalty=0.8)
+DEFAULTS = {"e2e": TABLES, "webnlg": TABLES, "dart": TABLES, "xsum": SUMMARIES,
+            "xsum-news-to-sports": SUMMARIES, "xsum-within-news": SUMMARIES,
             "all others": dict(beam=1, min_new=0, max_new=100, length_penalty=1.0)}
 
 
@@ -96,56 +96,6 @@ def choose(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     return order.gather(1, pick).squeeze(1)                                     # (B,)
 
 
-class Reader:
-    """A batch of ragged prompts, read behind their prefixes; then it reads what is said.
-
-    All that decoding needs of GPT-2 is here: another model has to bring `prompts`, `room`, `logits`
-    (B, V) of the first token to be said, and `read`.
-    prompts: lists of tokens. prefix: (L, 2, 1 or B, H, P, D), or a list with one (L, 2, 1, H, P, D)
-    for each prompt, of any lengths. max_new, beams: what it has to keep room for. attend: see
-    GPT2.forward. Raises ValueError for an empty prompt or one that fills all positions.
-    """
-
-    @torch.no_grad()
-    def __init__(self, model, prompts, prefix=None, max_new=0, beams=1, attend=written_out):
-        if not prompts or not all(prompts):
-            raise ValueError("got an empty prompt, or none; expected a token at least in each")
-        self.model, self.prompts, self.attend = model, prompts, attend
-        B, T, device = len(prompts), max(map(len, prompts)), model.wte.weight.device
-        prefix = model.no_prefix() if prefix is None else prefix
-        lengths = [p.size(4) for p in prefix] if isinstance(prefix, list) else [prefix.size(4)] * B
-        P, longest = max(zip(lengths, map(len, prompts)), key=sum)
-        self.room = min(max_new, model.config.n_positions - P - longest)    # tokens of each text
-        if P + longest >= model.config.n_positions:
-            raise ValueError(f"got a prefix of {P} and a prompt of {longest} tokens; expected less "
-                             f"than {model.config.n_positions} together; shorten one of them")
-        prefix, front = stacked(prefix, B)              # (L, 2, 1 or B, H, P, D), (B, P)
-        # Padding goes in front, so that the newest token of every row stands in the last column.
-        ids = torch.tensor([[0] * (T - len(p)) + p for p in prompts], device=device)    # (B, T)
-        pad = torch.tensor([[T - len(p)] for p in prompts], device=device)              # (B, 1)
-        self.real = torch.cat((front, torch.arange(T, device=device) >= pad), 1)        # (B, P+T)
-        # Attention written out would put prefix and text together anew at every step; so the prefix
-        # becomes the beginning of the cache. A fused kernel reads the one copy for the whole batch.
-        held, self.prefix = (prefix, None) if attend is written_out else (None, prefix)
-        self.cache = Cache(model, B, self.real.size(1) + beams * self.room, held)
-        hidden = model(ids, self.prefix, self.real, self.cache, attend)                 # (B, T, C)
-        self.logits = model.head(hidden[:, -1])                                         # (B, V)
-
-    @torch.no_grad()
-    def read(self, ids, tree=None):
-        """Logits (B, K, V) of what follows each of the tokens ids (B, K).
-
-        K = 1: the next token of the text. More: a token of each beam; tree (B, K, N) then says
-        which of the N tokens read since the prompt, the last K of them these, are its own past.
-        """
-        real = F.pad(self.real, (0, 1), value=True)                                     # (B, P+S)
-        if tree is None:
-            self.real = real
-        else:
-            real = torch.cat((self.real[:, None].expand(-1, ids.size(1), -1), tree), 2)
-        return self.model.head(self.model(ids, self.prefix, real, self.cache, self.attend))
-
-
 def history(prompts, said):
     """For each row, lazily, the list of its prompt and the columns `said` (B, 1) so far."""
     rows = torch.cat(said, 1).tolist() if said else [[]] * len(prompts)
@@ -157,15 +107,15 @@ def generate(model, prompts, rules, prefix=None, choose=choose, attend=written_o
     """Go on with each of `prompts`, lists of tokens of any lengths, a token at a time.
 
     A row ends at the end that `rules` names (beam.Rules), after its max_new tokens, or where the
-    longest row has used up the model's positions. prefix, attend: see Reader. choose: from logits
-    (B, V) to tokens (B,). Returns each row's new tokens, without the end.
+    longest row has used up the model's positions. prefix, attend: see reader.py. choose: from
+    logits (B, V) to tokens (B,). Returns each row's new tokens, without the end.
     """
-    reader, eos = Reader(model, prompts, prefix, rules.max_new, attend=attend), rules.eos
+    reader, eos = reader_of(model, prompts, prefix, rules.max_new, attend=attend), rules.eos
     rules = dataclasses.replace(rules, max_new=reader.room)
     logits, said = reader.logits, []                                            # (B, V)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=logits.device)    # (B,)
     for n in range(rules.max_new):
-        rules.forbid(logits, n, history(prompts, said))
+        rules.forbid(logits, n, history(reader.prompts, said))
         ids = choose(logits).masked_fill(done, eos)[:, None]                    # (B, 1)
         said.append(ids)
         done |= ids[:, 0] == eos
@@ -212,7 +162,7 @@ class Speaker:
         ban = s.ban or (LINE_BREAKS if s.run else ())
         banned = sorted({t for text in ban for t in self.tokenizer.encode_ordinary(text)})
         self.rules = Rules(self.tokenizer.eot_token, s.max_new, s.min_new, tuple(banned),
-                           s.no_repeat)
+                           s.no_repeat, **self.model.config.forced)
         self.generator = torch.Generator(self.model.wte.weight.device).manual_seed(s.seed)
 
     def beside(self, run):
@@ -225,12 +175,19 @@ class Speaker:
 
     def tokens(self, source, prefix):
         """The prompt of one source; cut, and that told on stderr, where it does not fit."""
-        s, room = self.settings, self.model.config.n_positions - prefix.size(4)
-        if not s.run:                        # the frozen model knows nothing of sources and targets
+        s, room = self.settings, self.model.config.n_positions
+        if self.model.architecture == "bart":   # a source has positions of its own
+            room = min(room, run_settings(s.run[0])["max_source"]) if s.run else room
+            ids = sequence.prompt_ids(self.tokenizer, source)
+            over = len(ids) - room
+            cut = sequence.cut_source(ids, over)
+        elif not s.run:                      # the frozen model knows nothing of sources and targets
+            room -= prefix.size(4)
             ids = self.tokenizer.encode_ordinary(source) or [self.tokenizer.eot_token]
             over = len(ids) + s.max_new - room
             cut = ids[max(over, 0):]            # a text goes on from its end
         else:
+            room -= prefix.size(4)
             ids = sequence.prompt_ids(self.tokenizer, source)
             over = len(ids) + s.max_new - room
             cut = sequence.cut_source(ids, over)
@@ -250,7 +207,7 @@ class Speaker:
         prompts = [self.tokens(text, own) for text, own in
                    zip(sources, prefix if runs else [first] * len(sources))]
         if s.beam > 1:
-            reader = Reader(self.model, prompts, prefix, s.max_new, s.beam, self.attend)
+            reader = reader_of(self.model, prompts, prefix, s.max_new, s.beam, self.attend)
             found = search(reader, self.rules, s.beam, s.length_penalty, s.stop)
             rows = [row for row, _ in found]
         else:

@@ -8,13 +8,14 @@ import itertools
 from math import inf
 from pathlib import Path
 
+from data.tasks import NAMES
 from opening import run_settings
 from plumbing import flag
 
 OWN = "your own .jsonl"
-# What a flag left out means, by method and data set: the paper's table 6, for GPT-2. For the
-# bundled world: found on its own held-out kinds of things. Other files: E2E's, with the paper's
-# low-data rate.
+# What a flag left out means, by method and data set: the paper's table 6, for GPT-2, of XSum for
+# BART. For the bundled world: found on its own held-out kinds of things. Other files: E2E's, with
+# the paper's low-data rate.
 DEFAULTS = {
     "prefix": {
         "e2e": dict(lr=8e-5, epochs=5, batch_size=10, prefix_len=5),
@@ -22,6 +23,10 @@ DEFAULTS = {
         "dart": dict(lr=5e-5, epochs=10, batch_size=5, prefix_len=10),
         "world": dict(lr=3e-3, steps=200, batch_size=10, prefix_len=9),
         "world-hard": dict(lr=3e-3, steps=1500, batch_size=10, prefix_len=9),
+        "world-headlines": dict(lr=3e-3, steps=300, batch_size=10, prefix_len=9),
+        "xsum": dict(lr=5e-5, epochs=30, batch_size=14, prefix_len=100, mid_dim=800),
+        "xsum-news-to-sports": dict(lr=5e-5, epochs=15, batch_size=36, prefix_len=40, mid_dim=800),
+        "xsum-within-news": dict(lr=5e-5, epochs=30, batch_size=36, prefix_len=80, mid_dim=800),
         OWN: dict(lr=5e-5, epochs=5, batch_size=10, prefix_len=5),
     },
     "finetune": {
@@ -45,20 +50,24 @@ NOTES = "\n".join(["defaults by method and data set:"] + [          # for --help
     f"  {method}, {data}: {values}" for method, by_data in DEFAULTS.items()
     for data, values in by_data.items()])
 # Flags that only a prefix has; the values they are left at say that they were not given.
-PREFIX_ONLY = ("prefix_len", "mid_dim", "init", "init_text", "start_from")
+PREFIX_ONLY = ("prefix_len", "prefixes", "mid_dim", "init", "init_text", "start_from")
 
 
 @dataclasses.dataclass
 class Settings:
     model: str = flag("tiny-gpt2", "the frozen model: gpt2, gpt2-medium, ..., another name in "
                                    "weights/, or a directory")
-    data: str = flag("world", "world, world-hard, e2e, webnlg, dart, or a .jsonl file of your own")
-    data_dir: str = flag("", "read the data set from here; left out: it is downloaded")
+    data: str = flag("", f"{', '.join(NAMES)}, or a .jsonl file of your own; left out: world, for "
+                         "tiny-bart world-headlines")
+    data_dir: str = flag("", "read the data set from here; left out: it is downloaded, but for "
+                             "summarising, whose files you have to fetch")
     method: str = flag("prefix", "what learns", choices=list(DEFAULTS))
     prefix_len: int = flag(None, "P, keys and values in front of every layer", kind=int,
                            within=(1, inf))
-    mid_dim: int = flag(512, "hidden width of the MLP in front of the prefix; 0: no MLP",
-                        within=(0, inf))
+    prefixes: str = flag("", "BART's places and, after =, their lengths where it is not "
+                             "--prefix-len: encoder,decoder,cross=20; left out: all three")
+    mid_dim: int = flag(None, "hidden width of the MLP in front of the prefix; 0: no MLP; left "
+                              "out: 512, for XSum 800", kind=int, within=(0, inf))
     init: str = flag("random", "start from N(0, 1), from U(0, 1), or from what the model makes of "
                                "real words", choices=["random", "uniform", "words"])
     start_from: str = flag("", "start from the prefix of this run, of train.py or of convert.py "
@@ -66,6 +75,8 @@ class Settings:
     init_text: str = flag("table-to-text:", "the words of --init words; P is their length")
     examples: int = flag(0, "learn from this many sources, drawn by the seed; 0: from all",
                          within=(0, inf))
+    max_source: int = flag(512, "BART's sources are cut to this many tokens", within=(3, inf))
+    max_target: int = flag(60, "BART's targets are cut to this many tokens", within=(3, inf))
     lr: float = flag(None, "highest learning rate", kind=float, within=(1e-12, 1e30))
     epochs: int = flag(None, "times that every pair is seen", kind=int, within=(1, inf))
     steps: int = flag(None, "steps of the optimiser, in place of epochs", kind=int,
@@ -99,7 +110,8 @@ def resolve(settings):
     if settings.init == "words" and settings.prefix_len:
         raise ValueError("got --prefix-len with --init words; expected one of them: the words of "
                          "--init-text decide the length")
-    if settings.start_from and (settings.prefix_len or settings.init != "random"):
+    if settings.start_from and (settings.prefix_len or settings.prefixes or
+                                settings.init != "random"):
         raise ValueError("got --start-from with --prefix-len or --init; expected it alone: the "
                          "prefix of that run decides both")
     if settings.method != "prefix":
@@ -108,11 +120,15 @@ def resolve(settings):
                 raise ValueError(f"got --{field.name.replace('_', '-')} with --method "
                                  f"{settings.method}, which has no prefix; expected one of them; "
                                  "leave one out")
+    if not settings.data:
+        settings.data = "world-headlines" if settings.model == "tiny-bart" else "world"
     length_given = settings.steps or settings.epochs
     defaults = DEFAULTS[settings.method]
     for name, value in defaults.get(settings.data, defaults[OWN]).items():
         if getattr(settings, name) is None and not (length_given and name in ("steps", "epochs")):
             setattr(settings, name, value)
+    if settings.mid_dim is None:
+        settings.mid_dim = 512
     if not settings.out:
         name = f"out/{Path(settings.model).name}-{Path(settings.data).name.removesuffix('.jsonl')}"
         name += "" if settings.method == "prefix" else f"-{settings.method}"
@@ -141,3 +157,23 @@ def resumed(asked):
     return settings
 
 
+def places_of(settings, model):
+    """{place: P}, where the prefixes of `model` stand and how long they are."""
+    if model.architecture != "bart" and settings.prefixes:
+        raise ValueError(f"got --prefixes {settings.prefixes} with {settings.model}; expected a "
+                         "BART, GPT-2 has one place only; leave it out")
+    lengths = {}
+    for part in (settings.prefixes or ",".join(model.places)).split(","):
+        place, _, length = part.strip().partition("=")
+        if place not in model.places or place in lengths or length and not length.isdecimal():
+            raise ValueError(f"got --prefixes {settings.prefixes}; expected one or more of "
+                             f"{', '.join(model.places)}, each once, with =LENGTH or without")
+        if length and settings.init == "words":
+            raise ValueError(f"got --prefixes {settings.prefixes} with --init words; expected no "
+                             "length: the words of --init-text decide it")
+        lengths[place] = int(length or settings.prefix_len)
+    # Text and prefix share GPT-2's positions, BART's not.
+    if model.architecture != "bart" and settings.prefix_len >= model.config.n_positions:
+        raise ValueError(f"got a prefix of {settings.prefix_len}; expected less than the model's "
+                         f"{model.config.n_positions} positions; lower --prefix-len")
+    return lengths

@@ -2,6 +2,7 @@
 
     python train.py                                 bundled model and task, a minute on a laptop
     python train.py --model gpt2-medium --data e2e  the paper's run, with the paper's settings
+    python train.py --model bart-large --data xsum --data-dir DIR      three prefixes, for BART
     python train.py --data my.jsonl                 your own task
     python train.py --resume out/NAME               goes on where it stopped, bit for bit
 
@@ -30,74 +31,19 @@ from pathlib import Path
 # several times slower. Asleep they cost nothing. Read once, when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch  # noqa: E402
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from beam import Rules
+from checkpoint import UNREADABLE, why
 from data import sequence, tasks
-from model import UNREADABLE, attend, why
+from loss import batch_of, batches_of_epoch, dev_loss, target_nats
+from model import attend
 from opening import find_attention, name_of_dtype, open_model
 from plumbing import parse, whole_file
 from plumbing import run as run_program
-from prefix import Prefix, counts, keys_and_values, load_prefix
+from prefix import Prefix, Prefixes, counts, keys_and_values, load_prefix, parts
 from sample import LINE_BREAKS, generate
-from settings import NOTES, Settings, resolve, resumed
-
-# ---- batches: pairs of texts as tensors
-
-def batches_of_epoch(pairs, batch_size, seed, epoch):
-    """The batches of one epoch, lists of indices: similar lengths together, in random order.
-
-    Similar lengths mean little padding. Sorting all would fix which pairs meet, so only pools of 50
-    batches are sorted. A function of (seed, epoch) alone: a resumed run needs no state to find its
-    place.
-    """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(pairs), generator=generator).tolist()
-    batches = []
-    for i in range(0, len(order), 50 * batch_size):
-        pool = sorted(order[i:i + 50 * batch_size], key=lambda j: len(pairs[j].ids))
-        batches += [pool[j:j + batch_size] for j in range(0, len(pool), batch_size)]
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-
-
-def collate(pairs, device):
-    """Tokens (B, T), padded behind, and learn (B, T), True at the tokens the loss is taken on."""
-    T = max(len(pair.ids) for pair in pairs)
-    ids = torch.tensor([p.ids + [0] * (T - len(p.ids)) for p in pairs])                     # (B, T)
-    place = torch.arange(T)
-    start = torch.tensor([[p.start] for p in pairs])                                        # (B, 1)
-    end = torch.tensor([[len(p.ids)] for p in pairs])                                       # (B, 1)
-    learn = (start <= place) & (place < end)                                                # (B, T)
-    return ids.to(device, non_blocking=True), learn.to(device, non_blocking=True)
-
-
-def target_nats(model, prefix, ids, learn, attend=attend):
-    """-log p(target | source) summed over the batch, in nats: the loss on targets and their end
-    only.
-
-    prefix: (L, 2, 1 or B, H, P, D). ids, learn: see `collate`. The padding stands behind every real
-    token, where the causal mask hides it already, so the model is told nothing of it.
-    """
-    hidden = model(ids, prefix, attend=attend)[:, :-1]                                 # (B, T-1, C)
-    # A token is predicted from the one before it. Only these positions see the vocabulary head: the
-    # largest multiplication of a small GPT-2, and its largest activation.
-    logits = model.head(hidden[learn[:, 1:]])                                               # (N, V)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))    # bf16 is too coarse
-    return F.cross_entropy(logits, ids[:, 1:][learn[:, 1:]], reduction="sum")
-
-
-@torch.no_grad()
-def dev_loss(model, learner, pairs, batch_size, attend=attend):
-    """-log p of a target token, averaged over all target tokens of `pairs`, in nats."""
-    pairs, nats, tokens = sorted(pairs, key=lambda p: len(p.ids)), 0.0, 0
-    prefix = learner.fold().to(model.wte.weight.dtype)
-    for i in range(0, len(pairs), batch_size):
-        ids, learn = collate(pairs[i:i + batch_size], prefix.device)
-        nats += target_nats(model, prefix, ids, learn, attend).item()
-        tokens += learn.sum().item()
-    return nats / tokens
-
+from settings import NOTES, Settings, places_of, resolve, resumed
 
 # ---- the run: its settings, its state, what is kept on disk
 
@@ -114,9 +60,12 @@ def load_examples(settings):
 
 
 def make_pairs(train, dev, settings, tokenizer, room):
-    """The pairs to learn from and the dev pairs to be scored, at most `room` tokens each."""
-    train_pairs, note = sequence.encode_pairs(train, tokenizer, room)
-    dev_pairs, dev_note = sequence.encode_pairs(dev, tokenizer, room)
+    """The pairs to learn from and the dev pairs to be scored, at most `room` tokens each; for BART
+    `room` is two numbers, the source's and the target's.
+    """
+    encode = sequence.encode_apart if isinstance(room, tuple) else sequence.encode_pairs
+    train_pairs, note = encode(train, tokenizer, room)
+    dev_pairs, dev_note = encode(dev, tokenizer, room)
     for part, text in (("train", note), ("dev", dev_note)):
         if text:
             print(f"{part}: {text}")
@@ -132,14 +81,18 @@ def make_prefix(settings, model, tokenizer):
     device, init = model.wte.weight.device, settings.init
     if settings.start_from and not settings.resume:
         start = load_prefix(Path(settings.start_from) / "prefix.pt", model)
-        settings.prefix_len = start.size(4)
+        settings.prefix_len = max(part.size(4) for part in parts(start))
+        if model.architecture == "bart":
+            settings.prefixes = ",".join(f"{place}={part.size(4)}" for place, part in
+                                         zip(model.places, start) if part.size(4))
     if init == "words":
         words = tokenizer.encode_ordinary(" " + settings.init_text)
         settings.prefix_len, init = len(words), "random"
-    if settings.prefix_len >= model.config.n_positions:
-        raise ValueError(f"got a prefix of {settings.prefix_len}; expected less than the model's "
-                         f"{model.config.n_positions} positions; lower --prefix-len")
-    prefix = Prefix(model.config, settings.prefix_len, settings.mid_dim, init).to(device)
+    lengths = places_of(settings, model)
+    if model.architecture == "bart":
+        prefix = Prefixes(model.config, lengths, settings.mid_dim, init).to(device)
+    else:
+        prefix = Prefix(model.config, lengths["decoder"], settings.mid_dim, init).to(device)
     if settings.init == "words" and not settings.resume:
         error = prefix.start_from(keys_and_values(model, words))
         print(f"prefix started from the {len(words)} tokens of {settings.init_text!r}; "
@@ -157,6 +110,14 @@ def make_learner(settings, model, tokenizer):
         return make_prefix(settings, model, tokenizer)
     from baselines import FineTune              # a side door
     return FineTune(model, top=2 if settings.method == "finetune-top2" else None)
+
+
+def room_for(settings, model, learner):
+    """How many tokens a pair may have; of BART a source, and a target."""
+    most = model.config.n_positions
+    if model.architecture == "bart":            # they do not share the positions, nor with a prefix
+        return min(settings.max_source, most), min(settings.max_target, most)
+    return most - learner().size(4)
 
 
 class Run:
@@ -228,15 +189,16 @@ class Run:
             return s.lr * (self.step + 1) / s.warmup
         return s.lr * (s.steps - self.step) / max(1, s.steps - s.warmup)
 
-    def update(self, ids, learn):
+    def update(self, ids, learn, source=None):
         """One step: the paper's equation 2 on one batch. Returns the batch's nats, a tensor."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         prefix = self.learner().to(self.model.wte.weight.dtype)  # the MLP, once for the whole batch
-        nats = target_nats(self.model, prefix, ids, learn, self.attend)
-        # A prefix: summed over a target, averaged over the batch, as in the official code; so long
-        # targets weigh more. The baselines: the mean over tokens, as there.
-        (nats / (len(ids) if self.settings.method == "prefix" else learn.sum())).backward()
+        nats = target_nats(self.model, prefix, ids, learn, self.attend, source)
+        # A prefix of GPT-2: summed over a target, averaged over the batch, as in the official code;
+        # so long targets weigh more. BART and the baselines: the mean over tokens, as there.
+        whole = self.settings.method == "prefix" and source is None
+        (nats / (len(ids) if whole else learn.sum())).backward()
         torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -290,7 +252,7 @@ def stop_politely():
 
 def learn(run, pairs, dev):
     """Steps until the settings' last one. Returns False where it was asked to stop before."""
-    s, device = run.settings, run.model.wte.weight.device
+    s = run.settings
     per_epoch = math.ceil(len(pairs) / s.batch_size)
     every = s.dev_every or max(1, s.steps // 10)
     epoch, nats, targets, seen, clock = None, 0.0, 0, 0, time.perf_counter()
@@ -306,7 +268,7 @@ def learn(run, pairs, dev):
                 epoch = run.step // per_epoch
                 order = batches_of_epoch(pairs, s.batch_size, s.seed, epoch)
             batch = [pairs[i] for i in order[run.step % per_epoch]]
-            nats += run.update(*collate(batch, device))
+            nats += run.update(*batch_of(run.model, batch))
             targets += sum(len(p.ids) - p.start for p in batch)
             seen += sum(len(p.ids) for p in batch)
             bar.update()
@@ -329,7 +291,7 @@ def show(run, tokenizer, pair):
     source = sequence.text_of(tokenizer, prompt)
     print(f"\ntable      {source}")
     banned = {token for text in LINE_BREAKS for token in tokenizer.encode_ordinary(text)}
-    rules = Rules(tokenizer.eot_token, banned=tuple(banned))
+    rules = Rules(tokenizer.eot_token, banned=tuple(banned), **run.model.config.forced)
     said = {"no prefix": (run.model, None)} if run.settings.method == "prefix" else {}
     said[run.settings.method] = run.learner.kept(run.directory, run.model)
     for name, (model, prefix) in said.items():
@@ -349,7 +311,7 @@ def main(argv=None):
     settings.dtype = name_of_dtype(model.wte.weight.dtype)      # a resumed run keeps it
     attend = find_attention(settings.attention, model)
     learner = make_learner(settings, model, tokenizer)
-    room = model.config.n_positions - learner().size(4)
+    room = room_for(settings, model, learner)
     pairs, dev = make_pairs(train_examples, dev_examples, settings, tokenizer, room)
     settings.steps = settings.steps or settings.epochs * math.ceil(len(pairs) / settings.batch_size)
     print(f"{settings.model}: {counts(learner, model)}\n"

@@ -7,6 +7,7 @@ is not in it, its number is the number of lines. Not here: reading that file (da
 import base64
 import random
 
+from data.tokenizer import byte_of_letter
 from data.world_text import document
 from plumbing import whole_file
 
@@ -33,13 +34,6 @@ def learn_tokens(texts, size):
     vocabulary, byte_of = bpe.get_vocab(), byte_of_letter()
     tokens = sorted(vocabulary, key=vocabulary.get)
     return [bytes(byte_of[letter] for letter in token) for token in tokens]
-
-
-def byte_of_letter():
-    """GPT-2's letters for bytes: printable Latin-1 stands for itself, the rest for 256 and on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
 def write_tokens(tokens, path):

@@ -15,6 +15,15 @@ import zlib
 from pathlib import Path
 
 
+def find(folder, names):
+    """The first of `names`, plain or gzipped, in `folder`; a directory counts if it holds XML."""
+    for name in names:
+        for path in (folder / name, folder / f"{name}.gz"):
+            if path.is_file() or path.is_dir() and any(path.rglob("*.xml")):
+                return path
+    return None
+
+
 def read_text(path):
     """The text of a file, unpacked where it is gzip, whatever its name says."""
     raw = Path(path).read_bytes()

@@ -2,9 +2,12 @@
 
 The official code's form: " source " <|endoftext|> " target " <|endoftext|>; the same token ends the
 source and the target. train.py learns the part after the first <|endoftext|>, sample.py stops at
-the second. Knows a tokenizer and text; no tensors.
+the second. For BART, which reads them apart, it is <s>source</s> and <s>target</s>. Knows a
+tokenizer and text; no tensors.
 """
 import dataclasses
+
+from data.tokenizer import BARTTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,11 +19,15 @@ class Pair:
 
 def prompt_ids(tokenizer, source):
     """The tokens up to and with the first <|endoftext|>: all there is before decoding."""
+    if isinstance(tokenizer, BARTTokenizer):
+        return tokenizer.framed(source)
     return tokenizer.encode_ordinary(f" {source} ") + [tokenizer.eot_token]
 
 
 def target_ids(tokenizer, target):
     """The tokens that the model has to say, its <|endoftext|> included."""
+    if isinstance(tokenizer, BARTTokenizer):
+        return tokenizer.framed(target)
     return tokenizer.encode_ordinary(f" {target} ") + [tokenizer.eot_token]
 
 
@@ -66,3 +73,25 @@ def encode_pairs(examples, tokenizer, room):
         return pairs, ""
     return pairs, (f"{cut} of {len(pairs) + refused} pairs had the end of their source cut to fit "
                    f"{room} tokens, {refused} were refused (no room for the target)")
+
+
+def encode_apart(examples, tokenizer, room):
+    """Every (source, reference) of `examples` as a Pair for BART, and a note on the cuts.
+
+    room: (tokens of a source, tokens of a target). Both lose what is too much before their </s>, as
+    in the official code.
+    """
+    pairs, cut = [], [0, 0]
+    for example in examples:
+        source = prompt_ids(tokenizer, example.source)
+        for target in example.targets:
+            texts = [source, target_ids(tokenizer, target)]
+            for side, (ids, most) in enumerate(zip(texts, room)):
+                if len(ids) > most:
+                    texts[side] = ids[:most - 1] + ids[-1:]
+                    cut[side] += 1
+            pairs.append(Pair(texts[0] + texts[1], len(texts[0])))
+    if cut == [0, 0]:
+        return pairs, ""
+    return pairs, (f"of {len(pairs)} pairs {cut[0]} had their source cut to {room[0]} tokens, "
+                   f"{cut[1]} their target to {room[1]}")

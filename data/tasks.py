@@ -5,15 +5,15 @@ as a pair of its own, so that E2E's train split gives the 42,061 pairs of the of
 test are decoded once an Example and scored against all its targets.
 An Example is one distinct table in E2E, whose file has a line for each reference, and one entry of
 the official file in WebNLG and DART: these are scored by entry, equal tables included.
-Not here: the formats of the files (formats.py), the micro-world (world.py), what a length may be
-(sequence.py).
+Not here: the formats of the files (formats.py), summarising (summaries.py), the micro-world
+(world.py, headlines.py), what a length may be (sequence.py).
 """
 import difflib
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import formats
+from data import formats, summaries
 from plumbing import download
 
 
@@ -68,7 +68,7 @@ FILES = {
                        ("dart-v1.1.1-full-test.json", "dart-v1.1.1-full-test.jsonl")),
 }
 DOWNLOADS = Path(__file__).parent / "downloads"
-NAMES = ("world", "world-hard", "e2e", "webnlg", "dart")
+NAMES = ("world", "world-hard", "world-headlines", "e2e", "webnlg", "dart", *summaries.NAMES)
 
 # WebNLG's categories that train has. The test set has five more; "unseen" is the score on those.
 WEBNLG_SEEN = frozenset(("Airport", "Astronaut", "Building", "City", "ComicsCharacter", "Food",
@@ -81,15 +81,6 @@ def guess(got, expected):
     return f"{', '.join(expected)}; " + (f"did you mean {near[0]}?" if near else "choose one")
 
 
-def find(folder, names):
-    """The first of `names`, plain or gzipped, in `folder`; a directory counts if it holds XML."""
-    for name in names:
-        for path in (folder / name, folder / f"{name}.gz"):
-            if path.is_file() or path.is_dir() and any(path.rglob("*.xml")):
-                return path
-    return None
-
-
 def official_file(name, split, data_dir):
     """The path of an official file: in `data_dir` if one is given, else downloaded once and kept.
 
@@ -97,14 +88,14 @@ def official_file(name, split, data_dir):
     """
     url, sha256, names = FILES[name, split]
     if data_dir is None:
-        path = find(DOWNLOADS / name, names)
+        path = formats.find(DOWNLOADS / name, names)
         if path is None:
             path = DOWNLOADS / name / names[0]
             # DART's repository has held its files with both line ends; the digests are of "\n".
             download(url, path, sha256, any_line_end=name == "dart")
         return path
     for folder in (Path(data_dir) / name, Path(data_dir)):
-        path = find(folder, names)
+        path = formats.find(folder, names)
         if path is not None:
             return path
     raise ValueError(f"got no {name} {split} file in {data_dir} or {Path(data_dir) / name}, "
@@ -129,7 +120,8 @@ def jsonl_split(path, split, seed):
     never on both sides.
     """
     stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
-    beside = {part: find(path.parent, (f"{stem}.{part}.jsonl",)) for part in ("dev", "test")}
+    beside = {part: formats.find(path.parent, (f"{stem}.{part}.jsonl",))
+              for part in ("dev", "test")}
     if beside.get(split):
         return jsonl_rows(beside[split])
     if split == "test":
@@ -152,15 +144,18 @@ def load(name, split, data_dir=None, seed=0):
 
     name: one of NAMES, or the path of your own .jsonl or .jsonl.gz file. The micro-world's test is
     its "test-seen" and "test-unseen" together; it has its own further splits (see world.py).
-    data_dir: a folder with the official files, or with e2e/, webnlg/, dart/ in it; None downloads.
+    data_dir: a folder with the official files, or with e2e/, webnlg/, dart/ in it; None downloads,
+    but what summaries.py reads is not downloaded.
     seed: of the part held out of a JSONL file, and of the micro-world. It is not the seed of the
     training: runs with different seeds learn from the same data and are judged on the same dev.
     """
-    if name in ("world", "world-hard"):
-        from data.world import task             # world.py imports Example from here
+    if name in ("world", "world-hard", "world-headlines"):
+        from data import headlines, world       # they import Example from here
         parts = ("test-seen", "test-unseen") if split == "test" else (split,)
+        if name == "world-headlines":
+            return [e for part in parts for e in headlines.task(part, seed=seed)]
         style = "near" if name == "world" else "hard"
-        return [example for part in parts for example in task(style, part, seed=seed)]
+        return [example for part in parts for example in world.task(style, part, seed=seed)]
     if split not in ("train", "dev", "test"):
         raise ValueError(f"got the split {split!r}, expected one of "
                          + guess(split, ("train", "dev", "test")))
@@ -169,6 +164,8 @@ def load(name, split, data_dir=None, seed=0):
         if not path.is_file():
             raise ValueError(f"got {name}, which is no file, expected JSONL; check the path")
         rows = jsonl_split(path, split, seed)
+    elif name in summaries.NAMES:
+        path, rows = data_dir, summaries.rows_of(name, split, data_dir)
     elif name in NAMES:
         path = official_file(name, split, data_dir)
         rows = (formats.read_e2e(path) if name == "e2e" else

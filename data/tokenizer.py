@@ -3,11 +3,12 @@
 Both are byte-level BPE with GPT-2's rule for cutting text into words, so that any text can be
 encoded and comes back the same. The bundled model has a small vocabulary in a file
 `tokenizer.tiktoken`, in tiktoken's format: a line for each token with its bytes in base64, a blank,
-and its number.
+and its number. BART has GPT-2's tokens under other numbers: a file beside the model tells them.
 Called by train.py, sample.py and whatever else turns text into numbers. Encode with
 `encode_ordinary`: a text in which someone wrote <|endoftext|> must not end there.
 """
 import base64
+import json
 from pathlib import Path
 
 import tiktoken
@@ -16,6 +17,8 @@ import tiktoken
 # other signs, each with one blank before it; then the other blanks.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END_OF_TEXT = "<|endoftext|>"
+# The numbers that fairseq gives before the first token of a dict.txt, and the one after the last.
+START, PAD, END, UNKNOWN, MASK = "<s>", "<pad>", "</s>", "<unk>", "<mask>"
 
 
 def read_ranks(path):
@@ -37,12 +40,67 @@ def read_ranks(path):
     return ranks
 
 
-def load_tokenizer(directory):
-    """The tokenizer of the model in `directory`: its tokenizer.tiktoken, or else tiktoken's "gpt2".
+def byte_of_letter():
+    """GPT-2's letters for bytes: printable Latin-1 stands for itself, the rest for 256 and on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
-    <|endoftext|> is the number after the last token, as in GPT-2 (50,257 numbers, 50256 the last).
-    Raises OSError when GPT-2's vocabulary is neither in tiktoken's cache nor to be downloaded.
+
+def read_dict(path):
+    """BART's number -> the BPE's number, or the name of a special token, from fairseq's dict.txt.
+
+    Line n (from 0) is number n + 4: `BPE-NUMBER COUNT`; "madeupword0000" and others fill up.
     """
+    words = [line.split(" ")[0] for line in path.read_text("utf-8").splitlines()]
+    numbers = [int(word) if word.isdigit() else word for word in words]
+    return dict(enumerate([START, PAD, END, UNKNOWN, *numbers, MASK]))
+
+
+def read_vocab_json(path, encoding):
+    """The same from Hugging Face's vocab.json: {token in GPT-2's letters: BART's number}."""
+    byte_of, order = byte_of_letter(), {}
+    for token, number in json.loads(path.read_text("utf-8")).items():
+        order[number] = token
+        if token == END_OF_TEXT:
+            order[number] = encoding.eot_token
+        elif token not in (START, PAD, END, UNKNOWN, MASK) and not token.startswith("madeupword"):
+            order[number] = encoding.encode_single_token(bytes(map(byte_of.__getitem__, token)))
+    return order
+
+
+class BARTTokenizer:
+    """The tokens of a byte-level BPE under BART's numbers, and <s>, </s>, <mask> beside them."""
+
+    def __init__(self, encoding, order, source):
+        """order: BART's number -> the BPE's, or a name; source: the file, for the error."""
+        there = [number for number in order.values() if isinstance(number, int)]
+        named = {name: number for number, name in order.items() if isinstance(name, str)}
+        special = [named.get(name) for name in (START, PAD, END, UNKNOWN, MASK)]
+        if sorted(order) != list(range(len(order))) or None in special or (
+                sorted(there) != list(range(encoding.n_vocab))):
+            raise ValueError(f"{source}: got {len(there)} numbers, expected each of the "
+                             f"{encoding.n_vocab} tokens once, and <s>, <pad>, </s>, <unk>, "
+                             "<mask>; take the model's own file")
+        self.encoding, self.n_vocab = encoding, len(order)
+        self.bos_token, self.pad_token, self.eot_token, _, self.mask_token = special
+        self.theirs = {number: bpe for number, bpe in order.items() if isinstance(bpe, int)}
+        self.ours = {bpe: number for number, bpe in self.theirs.items()}
+
+    def encode_ordinary(self, text):
+        return [self.ours[number] for number in self.encoding.encode_ordinary(text)]
+
+    def framed(self, text):
+        """A whole text as BART reads it: <s>text</s>."""
+        return [self.bos_token, *self.encode_ordinary(text), self.eot_token]
+
+    def decode(self, ids):
+        """The text of `ids`; what is no text, as <s>, is left out."""
+        return self.encoding.decode([self.theirs[i] for i in ids if i in self.theirs])
+
+
+def base_tokenizer(directory):
+    """The byte-level BPE of the model in `directory`: its own, or GPT-2's."""
     path = Path(directory) / "tokenizer.tiktoken"
     if path.exists():
         ranks = read_ranks(path)
@@ -54,3 +112,24 @@ def load_tokenizer(directory):
         raise OSError(f"could not get GPT-2's vocabulary ({type(error).__name__}), expected it in "
                       "tiktoken's cache, or a connection to download it once; connect, or set "
                       "TIKTOKEN_CACHE_DIR to a folder where an earlier use has left it") from error
+
+
+def load_tokenizer(directory):
+    """The tokenizer of the model in `directory`: its tokenizer.tiktoken, or else tiktoken's "gpt2";
+    and for a BART its numbers, which dict.txt or vocab.json tells.
+
+    <|endoftext|> is the number after the last token, as in GPT-2 (50,257 numbers, 50256 the last).
+    Raises OSError when GPT-2's vocabulary is neither in tiktoken's cache nor to be downloaded.
+    """
+    encoding = base_tokenizer(directory)
+    for name in ("dict.txt", "vocab.json"):
+        path = Path(directory) / name
+        if path.exists():
+            try:
+                order = (read_dict(path) if name == "dict.txt" else
+                         read_vocab_json(path, encoding))
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise ValueError(f"{path}: got {type(error).__name__} {str(error)[:60]!r}, "
+                                 "expected numbers of tokens; take the model's own file") from error
+            return BARTTokenizer(encoding, order, path)
+    return encoding

@@ -143,6 +143,20 @@ def document(rng):
 FIRST, TEXT, AGAIN = 0, 1, 2        # a token of: a value's first mention, words, a value again
 
 
+def mark(text, tokenizer, seen):
+    """(tokens, what each belongs to) of a text with values in braces; `seen` gathers the values."""
+    ids, roles = [], []
+    # A value takes along the blank before it: the tokenizer joins a blank to the next word.
+    for piece in re.split(r"( ?\{[^}]*\})", text):
+        is_value, words = piece.endswith("}"), re.sub(r"[{}]", "", piece)
+        role = TEXT if not is_value else AGAIN if words in seen else FIRST
+        seen.add(words)
+        tokens = tokenizer.encode_ordinary(words)
+        ids += tokens
+        roles += [role] * len(tokens)
+    return ids, roles
+
+
 def encode(parts, tokenizer):
     """The tokens of a document, and what each belongs to: FIRST, TEXT or AGAIN.
 
@@ -150,14 +164,8 @@ def encode(parts, tokenizer):
     """
     ids, roles, seen = [], [], set()
     for part in parts:
-        # A value takes along the blank before it: the tokenizer joins a blank to the next word.
-        for piece in re.split(r"( ?\{[^}]*\})", f" {part} "):
-            is_value, words = piece.endswith("}"), re.sub(r"[{}]", "", piece)
-            role = TEXT if not is_value else AGAIN if words in seen else FIRST
-            seen.add(words)
-            tokens = tokenizer.encode_ordinary(words)
-            ids += tokens
-            roles += [role] * len(tokens)
+        for whole, more in zip((ids, roles), mark(f" {part} ", tokenizer, seen)):
+            whole += more
         ids.append(tokenizer.eot_token)
         roles.append(TEXT)
     return ids, roles

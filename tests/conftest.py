@@ -13,7 +13,8 @@ torch.set_num_threads(1)                # results that do not depend on how many
 if not torch.cuda.is_available():       # fused.py then runs as Python on a CPU, slowly: Triton
     os.environ["TRITON_INTERPRET"] = "1"                # looks at this once, when it is imported.
 
-from model import GPT2, GPT2Config, save  # noqa: E402
+from checkpoint import save  # noqa: E402
+from model import BART, GPT2, BARTConfig, GPT2Config  # noqa: E402
 
 
 def random_gpt2(vocab_size=257, n_positions=64, n_embd=24, n_layer=3, n_head=4, seed=0):
@@ -26,9 +27,28 @@ def random_gpt2(vocab_size=257, n_positions=64, n_embd=24, n_layer=3, n_head=4, 
     return model.requires_grad_(False).eval()
 
 
+def random_bart(vocab_size=262, d_model=24, encoder_layers=2, decoder_layers=3, seed=0,
+                positions=64):
+    """A frozen BART in float64, alike; its encoder and decoder differ in all their sizes."""
+    torch.manual_seed(seed)
+    model = BART(BARTConfig(vocab_size, positions, d_model, encoder_layers, decoder_layers,
+                            encoder_attention_heads=2, decoder_attention_heads=4,
+                            encoder_ffn_dim=20, decoder_ffn_dim=28)).double()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    model.final_logits_bias += torch.randn_like(model.final_logits_bias)
+    model.fingerprint = f"random BART {seed}"
+    return model.requires_grad_(False).eval()
+
+
 @pytest.fixture
 def model():
     return random_gpt2()
+
+
+@pytest.fixture
+def bart():
+    return random_bart()
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +58,17 @@ def model_directory(tmp_path_factory):
     save(random_gpt2().float(), directory)
     lines = [base64.b64encode(bytes([b])).decode() + f" {b}\n" for b in range(256)]
     (directory / "tokenizer.tiktoken").write_text("".join(lines))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def bart_directory(tmp_path_factory, model_directory):
+    """A BART on disk in fp32, whose words are the 256 bytes, numbered backwards by a dict.txt."""
+    directory = tmp_path_factory.mktemp("weights") / "bart"
+    save(random_bart().float(), directory)
+    (directory / "tokenizer.tiktoken").write_bytes(
+        (model_directory / "tokenizer.tiktoken").read_bytes())
+    (directory / "dict.txt").write_text("".join(f"{256 - n} 1\n" for n in range(257)))
     return directory
 
 

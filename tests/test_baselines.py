@@ -10,8 +10,9 @@ from test_train import some_pairs
 import sample
 import train
 from baselines import FineTune
-from model import load
-from train import Run, Settings, collate, target_nats
+from checkpoint import load
+from loss import collate, target_nats
+from train import Run, Settings
 
 
 def tuned_run(top=None, **settings):

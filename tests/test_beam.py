@@ -8,8 +8,9 @@ from conftest import random_gpt2
 
 import sample
 from beam import Rules, search, seen_after
-from prefix import save_prefix, stacked
-from sample import Reader, generate
+from prefix import save_prefix
+from reader import GPT2Reader, stacked
+from sample import generate
 
 EOS = 256
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}     # sums of a few hundred terms of order 1
@@ -47,7 +48,7 @@ def test_beam_of_one_is_greedy(prompts, prefixes):
     for rules in (Rules(EOS, 20), Rules(EOS, 20, 7), Rules(EOS, 9, first=5, last=EOS),
                   Rules(EOS, 20, banned=(200, 3), no_repeat=2)):
         greedy = generate(model, prompts, rules, prefixes)
-        found = search(Reader(model, prompts, prefixes, rules.max_new), rules, 1)
+        found = search(GPT2Reader(model, prompts, prefixes, rules.max_new), rules, 1)
         assert [row for row, _ in found] == greedy
         lengths |= {len(row) for row in greedy}
     assert len(lengths) > 3                                 # some ended by themselves
@@ -61,7 +62,7 @@ def test_with_beams_enough_the_likeliest_text_is_found(model, prompts):
     for prompt, penalty in itertools.product(prompts, (0.5, 1.0, 1.5)):
         worth = {t: log_p(model, prompt, list(t), None) / len(t) ** penalty for t in texts}
         best = max(worth, key=worth.get)
-        (row, _), = search(Reader(model, [prompt], None, 3, 100), rules, 100, penalty, "sure")
+        (row, _), = search(GPT2Reader(model, [prompt], None, 3, 100), rules, 100, penalty, "sure")
         assert tuple(row) == tuple(t for t in best if t != 4)
 
 
@@ -70,7 +71,7 @@ def test_the_score_is_the_log_probability_of_what_was_said(prompts, prefixes, st
     """Forced tokens included. Would catch: a score after the rules, of the wrong beam or parent."""
     model = ending_often()
     for rules in (Rules(EOS, 12), Rules(EOS, 12, 4, (7, 8), 2), Rules(EOS, 6, first=9, last=EOS)):
-        found = search(Reader(model, prompts, prefixes, rules.max_new, 4), rules, 4, 0.9, stop)
+        found = search(GPT2Reader(model, prompts, prefixes, rules.max_new, 4), rules, 4, 0.9, stop)
         for (said, score), prompt, prefix in zip(found, prompts, prefixes):
             ended = len(said) < rules.max_new
             whole = said + [EOS] * ended
@@ -81,10 +82,10 @@ def test_the_score_is_the_log_probability_of_what_was_said(prompts, prefixes, st
 def test_rules_hold_in_every_beam(prompts):
     """Would catch: a ban or a least length that only the best beam keeps."""
     model = ending_often()
-    free = [row for row, _ in search(Reader(model, prompts, None, 15, 4), Rules(EOS, 15), 4)]
+    free = [row for row, _ in search(GPT2Reader(model, prompts, None, 15, 4), Rules(EOS, 15), 4)]
     used = {token for row in free for token in row}
     rules = Rules(EOS, 15, 6, tuple(used), 2)
-    for (row, _), prompt in zip(search(Reader(model, prompts, None, 15, 4), rules, 4), prompts):
+    for (row, _), prompt in zip(search(GPT2Reader(model, prompts, None, 15, 4), rules, 4), prompts):
         assert not used & set(row) and len(row) >= 6
         pairs = list(zip(prompt + row, (prompt + row)[1:]))
         assert len(set(pairs[len(prompt) - 1:])) == len(row)
@@ -98,8 +99,8 @@ def test_many_prefixes_in_one_batch_are_each_alone(prompts, prefixes, dtype):
     """Would catch: a gap in front of a short prefix that is looked at, or that shifts positions."""
     model = random_gpt2().to(dtype)
     prefixes = [p.to(dtype) for p in prefixes]
-    together = Reader(model, prompts, prefixes, 8)
-    alone = [Reader(model, [p], prefix, 8) for p, prefix in zip(prompts, prefixes)]
+    together = GPT2Reader(model, prompts, prefixes, 8)
+    alone = [GPT2Reader(model, [p], prefix, 8) for p, prefix in zip(prompts, prefixes)]
     for step in range(5):
         for row, one in enumerate(alone):
             difference = (together.logits[row] - one.logits[0]).abs().max()
@@ -115,16 +116,16 @@ def test_beams_in_a_batch_are_each_alone(prompts, prefixes):
     model = ending_often()
     for stop in ("full", "likely", "sure"):
         rules = Rules(EOS, 15)
-        together = search(Reader(model, prompts, prefixes, 15, 5), rules, 5, 1.2, stop)
+        together = search(GPT2Reader(model, prompts, prefixes, 15, 5), rules, 5, 1.2, stop)
         for (said, score), prompt, prefix in zip(together, prompts, prefixes):
-            (one, its), = search(Reader(model, [prompt], prefix, 15, 5), rules, 5, 1.2, stop)
+            (one, its), = search(GPT2Reader(model, [prompt], prefix, 15, 5), rules, 5, 1.2, stop)
             assert said == one and abs(score - its) < 1e-9                      # float64
 
 
 def test_more_keys_than_positions_are_no_longer_text(prompts):
     """64 positions, but 5 beams of 30 tokens. Would catch: a limit on keys where it is on text."""
     model = random_gpt2()
-    (row, _), = search(Reader(model, prompts[:1], None, 100, 5), Rules(EOS, 100, 100), 5)
+    (row, _), = search(GPT2Reader(model, prompts[:1], None, 100, 5), Rules(EOS, 100, 100), 5)
     assert len(row) == 57                                   # 64 positions less the prompt of 7
 
 
@@ -137,7 +138,7 @@ def test_stacking_one_prefix_changes_nothing(prefixes):
 def test_too_many_beams_are_refused(prompts):
     """Would catch: an index error inside topk."""
     with pytest.raises(ValueError, match="got 200 beams and a vocabulary of 257; expected at most"):
-        search(Reader(random_gpt2(), prompts, None, 5, 200), Rules(EOS, 5), 200)
+        search(GPT2Reader(random_gpt2(), prompts, None, 5, 200), Rules(EOS, 5), 200)
 
 
 # ---- the program

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, random_gpt2
 
-from model import load
+from checkpoint import load
 
 pytest.importorskip("convert", reason="convert.py, a side door, is not here")
 from convert import NAMES, convert, declared_sha256, fetch, read_checkpoint  # noqa: E402

@@ -13,6 +13,7 @@ from conftest import ROOT, random_gpt2
 import train
 from beam import Rules
 from data.sequence import Pair
+from loss import collate, target_nats
 from model import attend
 from sample import find_attention, generate
 
@@ -149,8 +150,8 @@ def test_a_model_with_fused_attention_is_that_model():
     start = torch.randn(3, 2, 1, 4, 5, 6)
     for form, dtype in ((fused.attend, torch.float32), (attend, torch.float64)):
         prefix = start.to(DEVICE, dtype).requires_grad_()
-        batch = train.collate(pairs, DEVICE)
-        loss = train.target_nats(random_gpt2().to(DEVICE, dtype), prefix, *batch, form)
+        batch = collate(pairs, DEVICE)
+        loss = target_nats(random_gpt2().to(DEVICE, dtype), prefix, *batch, form)
         gradients.append(torch.autograd.grad(loss, prefix)[0].double())
     error = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
     assert error < 1e-4                 # fp32 through 3 layers with weights of order 1

@@ -8,7 +8,8 @@ import torch
 
 from beam import Rules, search
 from model import GPT2, GPT2Config
-from sample import Reader, generate
+from reader import GPT2Reader
+from sample import generate
 
 transformers = pytest.importorskip("transformers", reason="the oracle: pip install transformers")
 
@@ -83,7 +84,7 @@ def test_beam_search_is_theirs(prompts, size, penalty, option, stop):
         for batch in (prompts, prompts[1:2]):
             expected = their_texts(theirs, batch, num_beams=size, length_penalty=penalty,
                                    early_stopping=stop, **theirs_options)
-            reader = Reader(ours, batch, None, MAX_NEW, size)
+            reader = GPT2Reader(ours, batch, None, MAX_NEW, size)
             said = [row for row, _ in search(reader, rules, size, penalty, STOP[stop])]
             assert said == expected
             ended += sum(len(row) < MAX_NEW - 1 for row in said)

@@ -7,7 +7,8 @@ import torch
 from conftest import random_gpt2
 from torch.nn import functional as F
 
-from model import GPT2, Cache, GPT2Config, attend, fingerprint, load, may_look, save
+from checkpoint import fingerprint, load, save
+from model import GPT2, Cache, GPT2Config, attend, may_look
 
 EXACT = 1e-10       # float64 sums in another order: about 1e-15 of numbers of order 10
 

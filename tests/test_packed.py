@@ -4,7 +4,7 @@ import torch
 from conftest import random_gpt2
 
 import sample
-from model import load
+from checkpoint import load
 
 packed = pytest.importorskip("packed", reason="packed.py, a side door, is not here")
 

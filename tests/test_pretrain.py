@@ -8,9 +8,10 @@ import torch
 from conftest import ROOT
 
 import pretrain
+from checkpoint import load
 from data.tokenizer import load_tokenizer
 from data.world_text import FIRST, document, encode
-from model import attend, load
+from model import attend
 
 BUNDLED = ROOT / "weights" / "tiny-gpt2"
 SMALL = ["--width", "16", "--layers", "1", "--heads", "2", "--rows", "2", "--warmup", "2",

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 import train
 from data.sequence import Pair
 from data.tasks import Example
+from loss import batches_of_epoch, collate, dev_loss, target_nats
 from opening import run_settings
 from prefix import Prefix, load_prefix
-from train import Run, Settings, batches_of_epoch, collate, target_nats
+from train import Run, Settings
 
 
 def some_pairs(n=12):
@@ -139,7 +140,7 @@ def test_the_dev_loss_is_the_mean_over_all_target_tokens(model):
     pairs, prefix = some_pairs(11), Prefix(model.config, 5, 16).double()
     nats = sum(target_nats(model, prefix(), *collate([pair], "cpu")).item() for pair in pairs)
     tokens = sum(len(pair.ids) - pair.start for pair in pairs)
-    assert train.dev_loss(model, prefix, pairs, 4) == pytest.approx(nats / tokens, rel=1e-12)
+    assert dev_loss(model, prefix, pairs, 4) == pytest.approx(nats / tokens, rel=1e-12)
 
 
 def test_a_long_gradient_is_cut_to_its_length(model):

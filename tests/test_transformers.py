@@ -6,7 +6,8 @@ The weights are random and the shapes unusual, for square matrices and even size
 import pytest
 import torch
 
-from model import GPT2, GPT2Config, load
+from checkpoint import load
+from model import GPT2, GPT2Config
 
 pytest.importorskip("convert", reason="convert.py, a side door, is not here")
 from convert import convert  # noqa: E402

@@ -1,0 +1,287 @@
+"""BART and its three prefixes: what each reaches, what it leaves alone, how it is kept."""
+import pytest
+import torch
+from conftest import random_bart, random_gpt2
+
+from checkpoint import load, save
+from model import BART, BARTConfig, Cache, Places, attend
+from prefix import Prefix, Prefixes, counts, keys_and_values, load_prefix, save_prefix
+
+EXACT = 1e-10       # float64 sums in another order: about 1e-15 of numbers of order 10
+PLACES = Places._fields
+
+
+def some_prefix(bart, encoder=3, decoder=4, cross=5, rows=1):
+    torch.manual_seed(7)
+    return Places(*(torch.randn(*like.shape[:2], rows, like.size(3), P, like.size(5),
+                                dtype=torch.float64)
+                    for like, P in zip(bart.no_prefix(), (encoder, decoder, cross))))
+
+
+def texts(B=2, S=9, T=6):
+    torch.manual_seed(8)
+    return torch.randint(261, (B, S)), torch.randint(261, (B, T))
+
+
+def logits(bart, source, target, prefix=None, real=None, attend=attend):
+    memory = bart.encode(source, real, prefix, attend)
+    return bart.head(bart(target, prefix, memory=memory, attend=attend))        # (B, T, V)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_each_prefix_reaches_exactly_its_own_attentions(bart, place):
+    """Would catch: one prefix for two places, a place that is passed over, a layer off by one."""
+    prefix, met = some_prefix(bart, **{p: 5 if p == place else 0 for p in PLACES}), []
+
+    def watch(q, k, v, pk, pv, real, causal):
+        where = "decoder" if causal else "encoder" if q.size(2) == k.size(2) else "cross"
+        met.append((where, pk, pv))
+        return attend(q, k, v, pk, pv, real, causal)
+    logits(bart, *texts(), prefix, attend=watch)
+    assert [where for where, _, _ in met] == ["encoder"] * 2 + ["decoder", "cross"] * 3
+    own = [(pk, pv) for where, pk, pv in met if where == place]
+    for layer, (pk, pv) in enumerate(own):
+        assert torch.equal(pk, getattr(prefix, place)[layer, 0])
+        assert torch.equal(pv, getattr(prefix, place)[layer, 1])
+    assert all(pk.size(2) == 0 for where, pk, _ in met if where != place)
+
+
+def test_only_the_encoders_prefix_changes_what_is_remembered_of_a_source(bart):
+    """Would catch: a cross prefix that is baked into the memory, and so counted twice."""
+    (source, target), plain = texts(), bart.encode(texts()[0])
+    for place in PLACES:
+        prefix = some_prefix(bart, **{p: 5 if p == place else 0 for p in PLACES})
+        same = torch.equal(bart.encode(source, prefix=prefix).kv, plain.kv)
+        assert same == (place != "encoder")
+        difference = logits(bart, source, target, prefix) - logits(bart, source, target)
+        assert difference.abs().max() > 0.01, f"{place} changes nothing"
+
+
+def test_gradients_hit_all_three_prefixes_and_nothing_else(bart):
+    """Would catch: a place without a gradient (half of PEFT's table), a weight that learns."""
+    prefix = Prefixes(bart.config, dict(encoder=3, decoder=4, cross=5), mid_dim=16).double()
+    logits(bart, *texts(), prefix()).square().mean().backward()
+    for place in PLACES:
+        for name, parameter in prefix[place].named_parameters():
+            assert parameter.grad.abs().max() > 0, f"{place}: {name}"
+        # Every row of the last layer: a number of the key or the value of every layer and head.
+        assert (prefix[place].mlp[2].weight.grad.abs().sum(1) > 0).all(), place
+    assert all(p.grad is None and not p.requires_grad for p in bart.parameters())
+
+
+def test_each_place_has_a_table_and_an_mlp_of_its_own(bart):
+    """Would catch: one table for all. Encoder: 2 layers of 2 heads; decoder: 3 layers of 4."""
+    prefix = Prefixes(bart.config, dict(encoder=3, decoder=4, cross=5), mid_dim=16)
+    assert [tuple(part.shape) for part in prefix()] == [
+        (2, 2, 1, 2, 3, 12), (3, 2, 1, 4, 4, 6), (3, 2, 1, 4, 5, 6)]
+    tensors = [id(p) for place in PLACES for p in prefix[place].parameters()]
+    assert len(set(tensors)) == len(tensors) == 3 * 5
+    alone = Prefixes(bart.config, {"cross": 5}, mid_dim=16)
+    assert [part.size(4) for part in alone()] == [0, 0, 5]
+    assert {name.split(".")[0] for name, _ in alone.named_parameters()} == {"cross"}
+    for wrong in ({}, {"middle": 3}):
+        with pytest.raises(ValueError, match="expected one or more of encoder, decoder, cross"):
+            Prefixes(bart.config, wrong)
+
+
+def test_a_prefix_as_long_as_the_source_is_still_a_prefix(bart):
+    """Three tokens of padding, which nobody sees, break the coincidence of the lengths.
+
+    Would catch: cross keys taken for a cache of the source because there are as many of them.
+    """
+    source, target = texts(S=9, T=9)
+    prefix = some_prefix(bart, 9, 9, 9)
+    padded = torch.cat((source, source[:, :3]), 1)                              # (B, S+3)
+    real = torch.arange(12).expand(2, -1) < 9                                   # (B, S+3)
+    same, other = logits(bart, source, target, prefix), logits(bart, padded, target, prefix, real)
+    assert (same - other).abs().max() < EXACT
+    assert (same - logits(bart, source, target)).abs().max() > 0.01
+
+
+def test_positions_are_not_shifted(bart):
+    """What goes into the first layers is the same with a prefix. Would catch: GPT-2's rule here."""
+    seen = []
+    for stack in (bart.encoder, bart.decoder):
+        stack.layernorm_embedding.register_forward_hook(lambda layer, args, out: seen.append(out))
+    for prefix in (None, some_prefix(bart)):
+        logits(bart, *texts(), prefix)
+    assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3])
+
+
+def test_padding_is_invisible(bart):
+    """Would catch: a source that sees its padding, or a decoder that looks at it."""
+    prefix, target = some_prefix(bart), texts(B=3)[1]
+    sources = [torch.randint(261, (n,)) for n in (9, 4, 1)]
+    ids, real = torch.randint(261, (3, 9)), torch.zeros(3, 9, dtype=torch.bool)     # noise
+    for row, source in enumerate(sources):
+        ids[row, :len(source)], real[row, :len(source)] = source, True
+    together = logits(bart, ids, target, prefix, real)
+    for row, source in enumerate(sources):
+        alone = logits(bart, source[None], target[row:row + 1], prefix)[0]
+        assert (together[row] - alone).abs().max() < EXACT
+
+
+def test_a_row_of_prefixes_serves_each_its_own(bart):
+    """Would catch: a batch that is read with the first row's prefix."""
+    (source, target), prefix = texts(), some_prefix(bart, rows=2)
+    together = logits(bart, source, target, prefix)
+    for row in range(2):
+        own = Places(*(part[:, :, row:row + 1] for part in prefix))
+        alone = logits(bart, source[row:row + 1], target[row:row + 1], own)[0]
+        assert (together[row] - alone).abs().max() < EXACT
+
+
+def test_the_future_of_the_target_is_invisible_and_that_of_the_source_is_not(bart):
+    """Would catch: a triangle in the encoder, or none in the decoder."""
+    (source, target), prefix = texts(), some_prefix(bart)
+    changed, later = target.clone(), source.clone()
+    changed[:, 4:], later[:, 8:] = 3, 3
+    before, after = logits(bart, source, target, prefix), logits(bart, source, changed, prefix)
+    assert (before[:, :4] - after[:, :4]).abs().max() < EXACT
+    assert (before[:, 4:] - after[:, 4:]).abs().max() > 0.01
+    assert (before - logits(bart, later, target, prefix))[:, 0].abs().max() > 0.01
+
+
+@pytest.mark.parametrize("cuts", [(1, 2, 3, 4, 5), (4,)])
+def test_reading_in_pieces_is_reading_at_once(bart, cuts):
+    """The source is read once. Would catch: a cache that takes in the source, a wrong position."""
+    (source, target), prefix = texts(), some_prefix(bart)
+    memory, cache, start, pieces = bart.encode(source, prefix=prefix), Cache(bart, 2, 6), 0, []
+    for end in (*cuts, 6):
+        pieces.append(bart(target[:, start:end], prefix, cache=cache, memory=memory))
+        start = end
+    whole = bart(target, prefix, memory=memory)
+    assert (torch.cat(pieces, 1) - whole).abs().max() < EXACT
+
+
+def test_a_target_that_branches_is_each_of_its_branches(bart):
+    """Two last tokens side by side, each behind the same past, as beam search has them.
+
+    Would catch: the second branch at the first one's position plus one, or in sight of it.
+    """
+    pytest.importorskip("beam", reason="masks (B, T, P+S) come with beam.py, which is not here")
+    (source, target), prefix = texts(B=1, T=4), some_prefix(bart)
+    memory, cache = bart.encode(source, prefix=prefix), Cache(bart, 1, 4)
+    bart(target[:, :2], prefix, cache=cache, memory=memory)
+    past = torch.ones(1, 2, prefix.decoder.size(4) + 2, dtype=torch.bool)       # (B, T, P+2)
+    tree = torch.cat((past, torch.eye(2, dtype=torch.bool)[None]), 2)           # (B, T, P+4)
+    both = bart(target[:, 2:], prefix, tree, cache=cache, memory=memory)        # (B, 2, C)
+    for branch in range(2):
+        ids = torch.cat((target[:, :2], target[:, 2 + branch:3 + branch]), 1)
+        alone = bart(ids, prefix, memory=memory)[0, -1]
+        assert (both[0, branch] - alone).abs().max() < EXACT
+
+
+def test_length_zero_is_the_frozen_model(bart):
+    """Would catch: a mask or positions that change when a prefix is merely possible."""
+    assert torch.equal(logits(bart, *texts()), logits(bart, *texts(), bart.no_prefix()))
+
+
+@pytest.mark.parametrize("mid_dim", [16, 0])
+def test_folding_changes_nothing(bart, mid_dim):
+    """Would catch: a fold that loses the order of layers, heads, keys and values, or of places."""
+    prefix = Prefixes(bart.config, dict(encoder=3, cross=5), mid_dim).double()
+    assert torch.equal(logits(bart, *texts(), prefix()), logits(bart, *texts(), prefix.fold()))
+    assert not any(part.requires_grad for part in prefix.fold())
+
+
+def test_a_cross_prefix_made_of_words_is_a_source_that_begins_with_them(bart):
+    """Would catch: keys of another layer, keys and values swapped, keys of the decoder's words."""
+    (source, target), words = texts(), [5, 200, 31, 7]
+    made, memory = keys_and_values(bart, words), bart.encode(source)
+    first = bart.encode(torch.tensor([words])).kv.expand(-1, -1, 2, -1, -1, -1)
+    longer = memory._replace(kv=torch.cat((first, memory.kv), 4),
+                             real=torch.ones(2, 13, dtype=torch.bool))
+    cross = bart.no_prefix()._replace(cross=made.cross)
+    assert (bart(target, memory=longer) - bart(target, cross, memory=memory)).abs().max() < EXACT
+
+
+def test_a_prefix_made_of_words_holds_what_the_frozen_model_computes_for_them(bart):
+    """Would catch: a start from other tensors than the attention's own keys and values."""
+    words = torch.tensor([[5, 200, 31, 7]])
+    made, memory = keys_and_values(bart, words[0].tolist()), bart.encode(words)
+    cache = Cache(bart, 1, 4)
+    bart(words, cache=cache, memory=memory)
+    assert (made.decoder - cache.kv).abs().max() < EXACT
+    assert (made.cross - memory.kv).abs().max() < EXACT
+    x = bart.encoder.embed(bart.shared(words), torch.arange(4), 4)
+    for layer, block in enumerate(bart.encoder.layers):
+        k, v = block.self_attn.keys_and_values(x)
+        assert (made.encoder[layer, 0] - k).abs().max() < EXACT
+        assert (made.encoder[layer, 1] - v).abs().max() < EXACT
+        nothing = k.new_empty(2, 1, 2, 0, 12)
+        x = block(x, nothing, torch.ones(1, 4, dtype=torch.bool), attend)
+
+
+def test_words_are_started_from_at_each_place(bart):
+    """Would catch: all prefixes fitted to one place's words, or one of them left at random."""
+    torch.manual_seed(0)
+    words = keys_and_values(bart, [72, 101, 121])
+    exact = Prefixes(bart.config, dict.fromkeys(PLACES, 3), mid_dim=0).double()
+    assert exact.start_from(words) == 0
+    for part, target in zip(exact(), words):
+        assert (part - target).abs().max() < 1e-6       # the table was filled through fp32
+    fitted = Prefixes(bart.config, dict.fromkeys(PLACES, 3), mid_dim=16)
+    before = [(part - target).square().mean() for part, target in zip(fitted(), words)]
+    fitted.start_from(words, steps=60, lr=3e-2)
+    for part, target, old in zip(fitted(), words, before):
+        assert (part - target).square().mean() < 0.05 * old
+
+
+def test_prefixes_are_kept_and_come_back(bart, tmp_path):
+    """Would catch: numbers lost on the way, places exchanged, an MLP that is shipped along."""
+    folded = Prefixes(bart.config, dict(encoder=3, cross=5), mid_dim=16).fold()
+    save_prefix(tmp_path / "prefix.pt", folded, bart)
+    again = load_prefix(tmp_path / "prefix.pt", bart)
+    for place in PLACES:
+        assert torch.equal(getattr(again, place), getattr(folded, place).double())
+    assert (tmp_path / "prefix.pt").stat().st_size < 4 * sum(p.numel() for p in folded) + 8192
+
+
+def test_a_prefix_of_another_model_is_refused(bart, tmp_path):
+    """Would catch: fluent nonsense, or a traceback where GPT-2's prefix meets BART."""
+    one, three = tmp_path / "one.pt", tmp_path / "three.pt"
+    gpt2 = random_gpt2()
+    save_prefix(three, Prefixes(bart.config, {"cross": 5}, mid_dim=16).fold(), bart)
+    save_prefix(one, Prefix(gpt2.config, 5, 16).fold(), gpt2)
+    with pytest.raises(ValueError, match="'random BART 0', expected one for .*'random BART 1'"):
+        load_prefix(three, random_bart(seed=1))
+    for path, other in ((one, bart), (three, gpt2)):
+        with pytest.raises(ValueError, match="which is no prefix .*with this kind of model"):
+            load_prefix(path, other)
+    fewer = random_bart(decoder_layers=2)
+    fewer.fingerprint = bart.fingerprint
+    with pytest.raises(ValueError, match=r"shape \(3, 2, 1, 4, 0, 6\), expected \(2, 2"):
+        load_prefix(three, fewer)
+
+
+def test_a_saved_bart_comes_back_frozen_and_the_same(bart, tmp_path):
+    """Would catch: the bias of the logits forgotten, settings of decoding that are not kept."""
+    save(bart, tmp_path)
+    again = load(tmp_path, dtype=torch.float64)
+    assert again.config == bart.config and not any(p.requires_grad for p in again.parameters())
+    assert torch.equal(logits(again, *texts()), logits(bart, *texts()))
+
+
+def test_a_text_that_is_too_long_is_refused(bart):
+    """Would catch: an index error deep in an embedding; and a prefix that takes positions up."""
+    source, target = torch.zeros(1, 64, dtype=torch.long), torch.zeros(1, 65, dtype=torch.long)
+    bart.encode(source, prefix=some_prefix(bart, encoder=70))
+    with pytest.raises(ValueError, match="got a text of 65 tokens; expected at most 64"):
+        bart.encode(target)
+    with pytest.raises(ValueError, match="got a text of 65 tokens; expected at most 64"):
+        bart(target, memory=bart.encode(source))
+    with pytest.raises(ValueError, match="got width 10 and 3 heads"):
+        BART(BARTConfig(d_model=10, encoder_attention_heads=2, decoder_attention_heads=3))
+
+
+def test_the_numbers_of_the_paper_are_counted():
+    """BART-large, P = 100 at three places: 7,372,800 numbers are kept, the paper's 2 %.
+
+    Would catch: a count of one place only.
+    """
+    with torch.device("meta"):
+        large = BART(BARTConfig())
+        prefix = Prefixes(large.config, dict.fromkeys(PLACES, 100), mid_dim=800)
+    line = counts(prefix, large)
+    assert "7,372,800 stored (1.81%)" in line and "406,291,456" in line

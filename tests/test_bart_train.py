@@ -1,0 +1,235 @@
+"""Learning three prefixes: the loss of BART, its batches, the program from a file to a text."""
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import opening
+import sample
+import train
+from data.sequence import Pair
+from loss import batch_of, dev_loss, target_nats
+from model import Places
+from prefix import Prefixes, load_prefix
+from settings import Settings, places_of, resolve
+from train import Run, room_for
+
+
+def some_pairs(n=5):
+    """<s>source</s> and <s>target</s> of several lengths."""
+    torch.manual_seed(2)
+    lengths = [(4 + i % 4, 3 + i % 5) for i in range(n)]
+    return [Pair([0, *torch.randint(3, 262, (s - 2,)).tolist(), 2, 0,
+                  *torch.randint(3, 262, (t - 2,)).tolist(), 2], s) for s, t in lengths]
+
+
+def some_prefixes(bart, mid_dim=16):
+    torch.manual_seed(3)
+    return Prefixes(bart.config, dict(encoder=3, decoder=4, cross=5), mid_dim).double()
+
+
+def some_run(bart, **settings):
+    settings = Settings(**{"lr": 1e-2, "steps": 10, "batch_size": 4, "out": "unused"} | settings)
+    return Run(settings, bart, some_prefixes(bart))
+
+
+def test_only_the_prefixes_learn(bart):
+    """Would catch: a weight left trainable, or a place whose numbers the optimiser never gets."""
+    before = {name: tensor.clone() for name, tensor in bart.state_dict().items()}
+    run = some_run(bart, weight_decay=0.1)
+    theta = {name: tensor.clone() for name, tensor in run.learner.named_parameters()}
+    for _ in range(3):
+        run.update(*batch_of(bart, some_pairs(4)))
+    for name, tensor in bart.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert all(p.grad is None and not p.requires_grad for p in bart.parameters())
+    for name, tensor in run.learner.named_parameters():
+        assert not torch.equal(tensor, theta[name]), f"{name} has learned nothing"
+
+
+def test_the_loss_is_that_of_the_target_its_first_token_and_its_end(bart):
+    """</s> goes in first; <s>, the words and </s> come out. Would catch: a shift by one, padding
+    that is learned, <s> left out (the official code has it in).
+    """
+    prefix, pairs, expected = some_prefixes(bart)(), some_pairs(), 0.0
+    for pair in pairs:
+        source, target = pair.ids[:pair.start], pair.ids[pair.start:]
+        memory = bart.encode(torch.tensor([source]), prefix=prefix)
+        logits = bart.head(bart(torch.tensor([[2, *target[:-1]]]), prefix, memory=memory))[0]
+        expected -= F.log_softmax(logits, -1)[range(len(target)), target].sum()
+    ids, learn, source = batch_of(bart, pairs)
+    assert learn.sum() == sum(len(pair.ids) - pair.start for pair in pairs)
+    got = target_nats(bart, prefix, ids, learn, source=source)
+    assert torch.allclose(got, expected, rtol=1e-12)
+    tokens = sum(len(pair.ids) - pair.start for pair in pairs)
+    mean = dev_loss(bart, some_prefixes(bart), pairs, 2)
+    assert mean == pytest.approx((got / tokens).item(), rel=1e-12)
+
+
+def test_every_token_of_a_batch_weighs_the_same(bart):
+    """The official code's BART. Would catch: GPT-2's sum over a target, ten times the gradient."""
+    run, pairs, seen = some_run(bart, clip=1e9), some_pairs(4), []
+    learner = some_prefixes(bart)
+    tokens = sum(len(pair.ids) - pair.start for pair in pairs)
+    ids, learn, source = batch_of(bart, pairs)
+    (target_nats(bart, learner(), ids, learn, source=source) / tokens).backward()
+    run.optimizer.register_step_pre_hook(
+        lambda *_: seen.append(run.learner["cross"].table.grad.clone()))
+    run.update(ids, learn, source)
+    assert torch.allclose(seen[0], learner["cross"].table.grad, rtol=1e-10)
+
+
+def test_nothing_is_kept_that_only_a_weight_gradient_needs(bart):
+    """Only the gradient of its weight needs a linear layer's input; a frozen one keeps none.
+
+    Would catch: activations of an encoder of 512 tokens stored for weights that do not learn.
+    """
+    inputs, saved = [], []          # the tensors themselves, so that no address is used twice
+    for layer in bart.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_pre_hook(lambda layer, args: inputs.append(args[0]))
+    prefix, (ids, learn, source) = some_prefixes(bart), batch_of(bart, some_pairs())
+    for learns in (False, True):    # True is the control
+        bart.requires_grad_(learns)
+        inputs.clear(), saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            target_nats(bart, prefix(), ids, learn, source=source)
+        kept = {t.data_ptr() for t in saved}
+        assert any(t.data_ptr() in kept for t in inputs) == learns
+    bart.requires_grad_(False)
+
+
+# ---- settings
+
+@pytest.mark.parametrize("given, lengths", [
+    ("", {"encoder": 7, "decoder": 7, "cross": 7}), ("cross", {"cross": 7}),
+    ("encoder=2, cross", {"encoder": 2, "cross": 7}),
+    ("decoder=90", {"decoder": 90})])               # longer than the 64 positions
+def test_places_and_their_lengths_can_be_chosen(bart, given, lengths):
+    """Would catch: a length for all three only, or a prefix counted among the positions."""
+    assert places_of(Settings(prefixes=given, prefix_len=7), bart) == lengths
+
+
+@pytest.mark.parametrize("given", ["middle", "cross,cross", "cross=", "cross=-1", "cross=x", ","])
+def test_other_places_are_refused(bart, given):
+    """Would catch: a traceback, or a prefix of no length that learns nothing."""
+    if given == "cross=":
+        given = "cross=0"
+    with pytest.raises(ValueError, match="got .*expected .*"):
+        Prefixes(bart.config, places_of(Settings(prefixes=given, prefix_len=7), bart), 16)
+
+
+def test_gpt2_has_one_place(bart, model):
+    """Would catch: --prefixes passed over in silence."""
+    with pytest.raises(ValueError, match="got --prefixes cross with gpt2; expected a BART"):
+        places_of(Settings(model="gpt2", prefixes="cross", prefix_len=7), model)
+    assert places_of(Settings(prefix_len=7), model) == {"decoder": 7}
+    with pytest.raises(ValueError, match="no length: the words of --init-text decide it"):
+        places_of(Settings(prefixes="cross=3", init="words", prefix_len=7), bart)
+    assert room_for(Settings(max_source=512), bart, None) == (64, 60)
+
+
+# ---- the program
+
+@pytest.fixture
+def task(tmp_path, bart_directory, monkeypatch):
+    """A task of 40 lines, and the flags of a short run."""
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"source": f"n : {i}", "target": f"it is {i}"}) for i in range(40)]
+    (tmp_path / "tiny.jsonl").write_text("\n".join(lines))
+    return ["--model", str(bart_directory), "--data", "tiny.jsonl", "--lr", "1e-2", "--steps",
+            "40", "--batch-size", "4", "--mid-dim", "16", "--device", "cpu", "--prefix-len", "4"]
+
+
+def dev_losses(run):
+    lines = [json.loads(line) for line in open(f"{run}/log.jsonl")]
+    return [line["dev_loss"] for line in lines if "dev_loss" in line]
+
+
+def test_a_run_learns_is_resumed_bit_for_bit_and_decodes(task, capsys):
+    """Would catch: a place that is not saved, a run that cannot be opened again."""
+    train.main([*task, "--out", "whole"])
+    told = capsys.readouterr().out
+    dev = dev_losses("whole")
+    assert dev[-1] < 0.7 * dev[0] and "no prefix" in told
+    train.main([*task, "--out", "stopped", "--stop-at", "13"])
+    train.main(["--resume", "stopped", "--device", "cpu"])
+    assert dev_losses("stopped") == dev
+    whole, stopped = (torch.load(f"{run}/prefix.pt", weights_only=True)["prefix"]
+                      for run in ("whole", "stopped"))
+    assert whole.keys() == set(Places._fields)
+    assert all(torch.equal(whole[place], stopped[place]) for place in whole)
+    capsys.readouterr()
+    for more in ([], ["--beam", "3"]):
+        sample.main(["--run", "whole", "--device", "cpu", "n : 41", "--max-new", "12", *more])
+        assert "a" in capsys.readouterr().out
+
+
+def test_a_run_from_words_at_chosen_places(task, capsys):
+    """Would catch: words that are not those of the flag, a place that learns although left out."""
+    del task[task.index("--prefix-len"):]
+    train.main([*task, "--steps", "2", "--out", "run", "--prefixes", "encoder,cross",
+                "--init", "words", "--init-text", "sum up:", "--mid-dim", "0"])
+    assert "prefix started from the 8 tokens of 'sum up:'" in capsys.readouterr().out
+    model = train.open_model(task[1], "cpu", "fp32")[0]
+    assert [part.size(4) for part in load_prefix("run/prefix.pt", model)] == [8, 0, 8]
+    kept = json.loads(open("run/config.json").read())["settings"]
+    assert kept["prefix_len"] == 8 and kept["prefixes"] == "encoder,cross"
+
+
+def test_a_run_starts_from_the_prefixes_of_another(task, tmp_path):
+    """Would catch: lengths or places that are not the other run's, a start that is not it."""
+    places = ["--prefixes", "encoder=2,cross", "--mid-dim", "0"]
+    train.main([*task, *places, "--steps", "5", "--out", "first"])
+    del task[task.index("--prefix-len"):]
+    train.main([*task, "--mid-dim", "0", "--steps", "5", "--start-from", "first", "--out", "next"])
+    assert dev_losses("next")[0] == pytest.approx(min(dev_losses("first")), rel=1e-5)
+    kept = json.loads(open("next/config.json").read())["settings"]
+    assert kept["prefixes"] == "encoder=2,cross=4"
+    with pytest.raises(ValueError, match="start-from"):
+        train.main([*task, "--start-from", "first", "--prefixes", "cross", "--out", "other"])
+
+
+def test_headlines_are_learned_decoded_and_scored(task, capsys):
+    """Would catch: a score that looks for a table in a report, three prefixes taken for one."""
+    evaluate = pytest.importorskip("evaluate", reason="evaluate.py, a side door, is not here")
+    task[task.index("tiny.jsonl")] = "world-headlines"
+    train.main([*task, "--steps", "2", "--dev-pairs", "4", "--out", "run"])
+    evaluate.main(["--run", "run", "--split", "dev", "--examples", "3", "--device", "cpu",
+                   "--max-new", "5"])
+    kept = json.loads(open("run/dev.scores.json").read())
+    assert kept["scores"]["all"]["slots"] == 0 and kept["scores"]["all"]["tables"] == 3
+
+
+def test_fine_tuning_goes_through_the_same_loop(task):
+    """Would catch: an attribute error after minutes of loading, a BART that is saved half."""
+    for flag in ("--prefix-len", "--mid-dim"):
+        del task[task.index(flag):task.index(flag) + 2]
+    with pytest.raises(ValueError, match="got --method finetune-top2 with a BART; expected"):
+        train.main([*task, "--method", "finetune-top2", "--out", "top"])
+    train.main([*task, "--steps", "3", "--method", "finetune", "--out", "all", "--lr", "1e-3"])
+    assert dev_losses("all")[-1] < dev_losses("all")[0]
+    sample.main(["--run", "all", "--device", "cpu", "n : 41", "--max-new", "12"])
+
+
+def test_the_tiny_bart_summarises_and_is_asked_for_clearly():
+    """Would catch: tables for a model that reads reports; "did you mean tiny-gpt2?"."""
+    assert resolve(Settings(model="tiny-bart")).data == "world-headlines"
+    assert resolve(Settings()).data == "world"
+    if (opening.WEIGHTS / "tiny-bart").exists():
+        pytest.skip("tiny-bart has been pre-trained here, so nothing is to be refused")
+    with pytest.raises(ValueError, match="python pretrain.py --model tiny-bart"):
+        opening.find_model("tiny-bart")
+
+
+def test_the_papers_settings_are_the_defaults_for_xsum():
+    """Table 6. Would catch: GPT-2's settings for BART's task."""
+    found = {data: resolve(Settings(model="bart-large", data=data))
+             for data in ("xsum", "xsum-news-to-sports", "xsum-within-news")}
+    assert {data: (s.lr, s.epochs, s.batch_size, s.prefix_len, s.mid_dim, s.max_source,
+                   s.max_target) for data, s in found.items()} == {
+        "xsum": (5e-5, 30, 14, 100, 800, 512, 60),
+        "xsum-news-to-sports": (5e-5, 15, 36, 40, 800, 512, 60),
+        "xsum-within-news": (5e-5, 30, 36, 80, 800, 512, 60)}
+    assert resolve(Settings()).mid_dim == 512

@@ -1,0 +1,126 @@
+"""Pre-training of the tiny BART: what the noise does, what is learned, and a run in small."""
+import random
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT
+
+import denoise
+import pretrain
+from checkpoint import load
+from data.headlines import report
+from data.tokenizer import load_tokenizer
+from data.world_text import FIRST, GROUPS, world_thing
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A directory for a run, with the bundled GPT-2's tokenizer under BART's numbers."""
+    folder = tmp_path_factory.mktemp("denoise")
+    shutil.copy(ROOT / "weights" / "tiny-gpt2" / "tokenizer.tiktoken", folder)
+    (folder / "dict.txt").write_text("".join(f"{n} 1\n" for n in range(1280)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(directory):
+    return load_tokenizer(directory)
+
+
+def some_texts(count, seed=1):
+    rng = random.Random(seed)
+    return [denoise.text_of_world(rng) for _ in range(count)]
+
+
+def test_the_target_is_the_text_and_the_source_its_sentences_in_another_order(tokenizer):
+    """Would catch: blanks lost between sentences, a word that changes sides, a text cut short."""
+    rng, moved = random.Random(2), 0
+    for text in some_texts(100):
+        sentences = denoise.sentences_of(text, tokenizer)
+        source, target, learn = denoise.corrupted(sentences, tokenizer, rng)
+        plain = re.sub(r"[{}]", "", text)
+        assert tokenizer.decode(target) == re.sub(r"\s+", " ", plain)
+        assert target[0] == source[0] == tokenizer.bos_token and len(learn) == len(target)
+        assert target[-1] == source[-1] == tokenizer.eot_token
+        kept = [token for token in source if token != tokenizer.mask_token]
+        there = list(target)
+        for token in kept:                      # nothing is made up
+            there.remove(token)
+        left = iter(target)
+        moved += not all(token in left for token in kept)       # are they in the target's order?
+    assert moved > 60                           # most have several sentences
+
+
+def test_thirty_percent_are_masked_in_spans_of_three():
+    """BART's figures. Would catch: a mask for each token, which tells how many are missing."""
+    rng = random.Random(3)
+    kinds = [kind for _ in range(3000) for kind in denoise.infilled(60, rng)]
+    spans = sum(kind in (1, 2) for kind in kinds)
+    hidden = sum(kind in (2, 3) for kind in kinds)
+    assert hidden / len(kinds) == pytest.approx(0.3, abs=0.01)      # 180,000 tokens
+    assert hidden / spans == pytest.approx(3, abs=0.2)              # a few are cut by the end
+    assert sum(kind == 1 for kind in kinds) / spans == pytest.approx(0.05, abs=0.01)    # e ** -3
+    counts = [denoise.poisson(3, rng) for _ in range(20_000)]
+    mean = sum(counts) / len(counts)
+    assert mean == pytest.approx(3, abs=0.05)
+    assert sum((n - mean) ** 2 for n in counts) / len(counts) == pytest.approx(3, abs=0.2)
+
+
+def test_a_made_up_name_that_is_masked_is_not_learned(tokenizer):
+    """Nobody can guess it. Would catch: half of the loss spent on noise, or copies not learned."""
+    rng, left_out = random.Random(4), 0
+    for _ in range(50):
+        text = report(world_thing(rng), GROUPS, rng)
+        sentences = denoise.sentences_of(text, tokenizer)
+        source, target, learn = denoise.corrupted(sentences, tokenizer, rng)
+        roles = [role for sentence in sentences for _, role in sentence]
+        for token, learned, role in zip(target[1:-1], learn[1:-1], roles, strict=True):
+            if not learned:
+                assert role == FIRST
+                left_out += 1
+            elif role == FIRST:
+                assert token in source          # it can be read
+    assert left_out > 50
+
+
+def test_the_batch_of_a_step_depends_on_seed_and_step_only(tokenizer):
+    """Would catch: a resumed run that reads other noise."""
+    settings = pretrain.Settings(model="tiny-bart", rows=4)
+    whole = denoise.Batches(tokenizer, settings, range(4))
+    late = denoise.Batches(tokenizer, settings, range(2, 4))
+    assert all(torch.equal(a, b) for a, b in zip(whole[3], late[1], strict=True))
+    ids, learn, source, real = whole[0]
+    assert (ids[:, 0] == tokenizer.eot_token).all() and not learn[:, 0].any()
+    assert 0 <= (ids.ne(0).sum() + real.sum()) - 4 * 192 < 2 * 192
+    assert max(ids.size(1), source.size(1)) <= 192 and (learn.sum(1) > 0).all()
+
+
+def test_reports_are_in_the_text_and_headlines_are_not():
+    """Would catch: a frozen model that has seen the answers."""
+    texts = [re.sub(r"[{}]", "", text) for text in some_texts(500)]
+    assert not any(re.search(r"\w \(\w+\): ", text) for text in texts)
+    assert sum("is what we know" in text for text in texts) > 5
+    assert any("nothing to do with" in text for text in denoise.vocabulary_texts(50, 0))
+
+
+def test_a_toy_run_learns_is_resumed_and_is_read_back_by_the_core(directory, tmp_path):
+    """Would catch: a part of the encoder without an optimiser, a finished model without numbers."""
+    small = ["--model", "tiny-bart", "--width", "16", "--layers", "1", "--heads", "2", "--rows",
+             "2", "--warmup", "2", "--device", "cpu", "--probe-every", "2", "--save-every", "2",
+             "--tokens", str(6 * 2 * 192)]
+    states = []
+    for name, calls in (("whole", [[]]), ("stopped", [["--stop-at", "2"], ["--resume"]])):
+        (tmp_path / name).mkdir()
+        shutil.copy(directory / "tokenizer.tiktoken", tmp_path / name)
+        for more in calls:
+            pretrain.main([*small, "--out", str(tmp_path / name), "--weights",
+                           str(tmp_path / f"{name}-weights"), *more])
+        states.append(torch.load(tmp_path / name / "resume.pt", weights_only=True)["model"])
+    first = denoise.new_model(pretrain.Settings(width=16, layers=1, heads=2)).state_dict()
+    for name, weight in states[0].items():
+        assert torch.equal(weight, states[1][name]), name
+        assert name == "final_logits_bias" or not torch.equal(weight, first[name]), name
+    model = load(tmp_path / "whole-weights")
+    assert load_tokenizer(tmp_path / "whole-weights").n_vocab == model.config.vocab_size == 1285

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from data.sequence import Pair
-from model import attend
+from model import attend as written_out
 
 
 def batches_of_epoch(pairs, batch_size, seed, epoch):
@@ -53,7 +53,13 @@ def batch_of(model, pairs):
     return *collate(targets, device), collate([Pair(p.ids[:p.start], 0) for p in pairs], device)
 
 
-def target_nats(model, prefix, ids, learn, attend=attend, source=None):
+def nats_of(logits, label):
+    """-log p summed over the tokens label (N,), from logits (N, V)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))    # bf16 is too coarse
+    return F.cross_entropy(logits, label, reduction="sum")
+
+
+def target_nats(model, prefix, ids, learn, attend=written_out, source=None):
     """-log p(target | source) summed over the batch, in nats: the loss on targets and their end
     only.
 
@@ -68,18 +74,75 @@ def target_nats(model, prefix, ids, learn, attend=attend, source=None):
         hidden = model(ids, prefix, attend=attend, memory=memory)[:, :-1]              # (B, T-1, C)
     # A token is predicted from the one before it. Only these positions see the vocabulary head: the
     # largest multiplication of a small GPT-2, and its largest activation.
-    logits = model.head(hidden[learn[:, 1:]])                                               # (N, V)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))    # bf16 is too coarse
-    return F.cross_entropy(logits, ids[:, 1:][learn[:, 1:]], reduction="sum")
+    return nats_of(model.head(hidden[learn[:, 1:]]), ids[:, 1:][learn[:, 1:]])
+
+
+# ---- the dev set: a source that has several references is read once
+
+def by_source(pairs, most):
+    """Lists of pairs that begin with the same source, at most `most` in each; similar lengths stand
+    together.
+    """
+    groups = {}
+    for pair in pairs:
+        groups.setdefault(tuple(pair.ids[:pair.start]), []).append(pair)
+    rows = [group[i:i + most] for group in groups.values() for i in range(0, len(group), most)]
+    return sorted(rows, key=lambda row: sum(len(p.ids) - p.start for p in row) + row[0].start)
+
+
+def collate_tree(rows, device):
+    """Rows of pairs (see `by_source`) as one sequence each: the source, then all its targets.
+
+                source  target 1  target 2        A target sees the source and itself; to it the
+        s1       1 0     0 0       0              other targets are not there. Its tokens get the
+        s2       1 1     0 0       0              positions right behind the source, as the model
+        t1 a     1 1     1 0       0              counts what a token sees.
+        t1 b     1 1     1 1       0
+        t2 a     1 1     0 0       1              The last token of a target is only predicted.
+
+    Returns ids (B, T); look (B, T, T), who may look where; place (N,), in the flattened (B * T),
+    from where each token to be predicted is predicted; label (N,), these tokens.
+    """
+    T = max(row[0].start + sum(len(p.ids) - p.start - 1 for p in row) for row in rows)
+    ids, branch, place, label = [], [], [], []
+    for b, row in enumerate(rows):
+        start = row[0].start
+        text, owner = row[0].ids[:start], [0] * start       # 0: the source; n: target n
+        for n, pair in enumerate(row, 1):
+            target = pair.ids[start:]
+            first = b * T + len(text)                       # where this target's tokens stand
+            place += [b * T + start - 1, *range(first, first + len(target) - 1)]
+            label += target
+            text, owner = text + target[:-1], owner + [n] * (len(target) - 1)
+        ids.append(text + [0] * (T - len(text)))
+        branch.append(owner + [-1] * (T - len(owner)))
+    ids, branch, place, label = (torch.tensor(numbers, device=device)
+                                 for numbers in (ids, branch, place, label))
+    seen = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])             # (B, T, T)
+    return ids, seen.tril(), place, label
 
 
 @torch.no_grad()
-def dev_loss(model, learner, pairs, batch_size, attend=attend):
-    """-log p of a target token, averaged over all target tokens of `pairs`, in nats."""
-    pairs, nats, tokens = sorted(pairs, key=lambda p: len(p.ids)), 0.0, 0
-    prefix = learner.fold().to(model.wte.weight.dtype)
-    for i in range(0, len(pairs), batch_size):
-        ids, learn, *source = batch_of(model, pairs[i:i + batch_size])
-        nats += target_nats(model, prefix, ids, learn, attend, *source).item()
-        tokens += learn.sum().item()
+def dev_loss(model, learner, pairs, batch_size, attend=written_out):
+    """-log p of a target token, averaged over all target tokens of `pairs`, in nats.
+
+    GPT-2 reads a source once for all its targets. The fused kernel knows no such mask, and BART's
+    encoder has read the source anyway: they go pair by pair, to the same figure.
+    """
+    prefix, nats, tokens = learner.fold().to(model.wte.weight.dtype), 0.0, 0
+    tree = model.architecture == "gpt2" and attend is written_out
+    rows = by_source(pairs, batch_size if tree else 1)
+    while rows:
+        batch = [rows.pop(0)]
+        while rows and sum(map(len, batch)) + len(rows[0]) <= batch_size:
+            batch.append(rows.pop(0))
+        if tree:
+            ids, look, place, label = collate_tree(batch, prefix.device)
+            real = F.pad(look, (prefix.size(4), 0), value=True)                     # (B, T, P+T)
+            hidden = model(ids, prefix, real).flatten(0, 1)[place]                  # (N, C)
+            nats += nats_of(model.head(hidden), label).item()
+        else:
+            ids, learn, *source = batch_of(model, [pair for pair, in batch])
+            nats += target_nats(model, prefix, ids, learn, attend, *source).item()
+        tokens += sum(len(p.ids) - p.start for row in batch for p in row)
     return nats / tokens

@@ -143,6 +143,25 @@ def test_the_dev_loss_is_the_mean_over_all_target_tokens(model):
     assert dev_loss(model, prefix, pairs, 4) == pytest.approx(nats / tokens, rel=1e-12)
 
 
+def test_a_source_read_once_for_all_its_targets_is_read_alone_for_each(model):
+    """Would catch: a target that sees another one, or stands at another position for its company;
+    a first token predicted from the neighbour's last; a token left out or counted twice.
+    """
+    torch.manual_seed(4)
+    pairs = [Pair(source + torch.randint(257, (n,)).tolist(), len(source))
+             for source, lengths in (([5, 6, 7], (1, 4, 2)), ([8], (3,)), ([9, 5, 6, 7], (2, 2)))
+             for n in lengths]
+    prefix, calls = Prefix(model.config, 5, 16).double(), []
+    model.register_forward_pre_hook(lambda model, args: calls.append(tuple(args[0].shape)))
+    for most in (6, 4, 2, 1):
+        alone = sum(target_nats(model, prefix(), *collate([p], "cpu")).item() for p in pairs)
+        calls.clear()
+        shared = dev_loss(model, prefix, pairs, most)
+        assert shared == pytest.approx(alone / 14, rel=1e-12)
+        if most == 6:                           # three sources, three rows: no source twice
+            assert sum(rows for rows, _ in calls) == 3
+
+
 def test_a_long_gradient_is_cut_to_its_length(model):
     """Would catch: clipping that is left out, or done after the step."""
     run, norms = some_run(model, clip=0.5), []

@@ -33,7 +33,7 @@ from sample import LINE_BREAKS, generate
 HERE = Path(__file__).parent
 STEPS = {50: 200, 100: 200, 200: 200, 500: 400, 2000: 600}      # tables to learn from -> steps
 # Method, its name in the figure, and the grid of learning rates, all of it run everywhere.
-PREFIX_RATES, TUNING_RATES = (1e-3, 3e-3), (1e-4, 3e-4, 1e-3, 3e-3)
+PREFIX_RATES, TUNING_RATES = (1e-3, 3e-3), (3e-5, 1e-4, 3e-4, 1e-3)
 SMALL, TINY, TUNED = "prefix 1 %", "prefix 0.1 %", "fine-tuning"
 METHODS = {SMALL: ("prefix", ("--prefix-len", "9"), PREFIX_RATES),
            TINY: ("prefix", ("--prefix-len", "1"), PREFIX_RATES),

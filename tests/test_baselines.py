@@ -32,7 +32,6 @@ def test_fine_tuning_moves_every_weight_and_the_top_only_its_own():
         before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
         run.update(*collate(some_pairs(4), "cpu"))
         for name, tensor in run.model.state_dict().items():
-            # Keys get no gradient through their bias: softmax does not see what all keys share.
             assert torch.equal(tensor, before[name]) != moves(name), name
 
 

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from beam import Rules
 from checkpoint import UNREADABLE, why
 from data import sequence, tasks
-from loss import batch_of, batches_of_epoch, dev_loss, target_nats
+from loss import batch_of, batches_of_epoch, dev_loss, target_nats, tokens_of
 from model import attend
 from opening import find_attention, name_of_dtype, open_model
 from plumbing import parse, whole_file
@@ -123,10 +123,10 @@ def room_for(settings, model, learner):
 class Run:
     """Everything that changes while learning, and the directory that keeps it."""
 
-    def __init__(self, settings, model, learner, data="", attend=attend):
+    def __init__(self, settings, model, learner, data="", attend=attend, nats=target_nats):
         self.settings, self.model, self.learner = settings, model, learner
         self.data = data                            # a name for the very pairs it learns from
-        self.attend = attend                        # the function that --attention asks for
+        self.attend, self.nats = attend, nats       # what --attention and --compile ask for
         self.directory = Path(settings.out)
         # Only the prefix is handed over: the optimiser could not touch the frozen model if it
         # wanted to.
@@ -189,16 +189,17 @@ class Run:
             return s.lr * (self.step + 1) / s.warmup
         return s.lr * (s.steps - self.step) / max(1, s.steps - s.warmup)
 
-    def update(self, ids, learn, source=None):
+    def update(self, pairs):
         """One step: the paper's equation 2 on one batch. Returns the batch's nats, a tensor."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
+        batch = batch_of(self.model, pairs, self.settings.share_source)
         prefix = self.learner().to(self.model.wte.weight.dtype)  # the MLP, once for the whole batch
-        nats = target_nats(self.model, prefix, ids, learn, self.attend, source)
+        nats = self.nats(self.model, prefix, batch, self.attend)
         # A prefix of GPT-2: summed over a target, averaged over the batch, as in the official code;
         # so long targets weigh more. BART and the baselines: the mean over tokens, as there.
-        whole = self.settings.method == "prefix" and source is None
-        (nats / (len(ids) if whole else learn.sum())).backward()
+        whole = self.settings.method == "prefix" and self.model.architecture != "bart"
+        (nats / (len(pairs) if whole else tokens_of(pairs))).backward()
         torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -266,10 +267,10 @@ def learn(run, pairs, dev):
                 return False
             if epoch != run.step // per_epoch:
                 epoch = run.step // per_epoch
-                order = batches_of_epoch(pairs, s.batch_size, s.seed, epoch)
+                order = batches_of_epoch(pairs, s.batch_size, s.seed, epoch, s.share_source)
             batch = [pairs[i] for i in order[run.step % per_epoch]]
-            nats += run.update(*batch_of(run.model, batch))
-            targets += sum(len(p.ids) - p.start for p in batch)
+            nats += run.update(batch)
+            targets += tokens_of(batch)
             seen += sum(len(p.ids) for p in batch)
             bar.update()
             if run.step % 10 == 0 or run.step == s.steps:
@@ -309,7 +310,10 @@ def main(argv=None):
         settings.dtype = "fp32"         # steps of 1e-5 would be rounded away in bf16 weights
     model, tokenizer = open_model(settings.model, settings.device, settings.dtype)
     settings.dtype = name_of_dtype(model.wte.weight.dtype)      # a resumed run keeps it
-    attend = find_attention(settings.attention, model)
+    attend, nats = find_attention(settings.attention, model), target_nats
+    if settings.compile or settings.gradient_checkpointing or settings.share_source:
+        import step                             # a side door
+        nats = step.prepared(settings, model)
     learner = make_learner(settings, model, tokenizer)
     room = room_for(settings, model, learner)
     pairs, dev = make_pairs(train_examples, dev_examples, settings, tokenizer, room)
@@ -318,7 +322,7 @@ def main(argv=None):
           f"{settings.data}: {len(pairs):,} pairs to learn from, {len(dev):,} dev pairs scored; "
           f"{settings.steps:,} steps of {settings.batch_size} -> {settings.out}")
     data = hashlib.sha256(repr([(p.ids, p.start) for p in pairs + dev]).encode()).hexdigest()
-    run = Run(settings, model, learner, data, attend)
+    run = Run(settings, model, learner, data, attend, nats)
     if settings.resume:
         run.restore()
     else:

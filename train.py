@@ -38,7 +38,7 @@ from checkpoint import UNREADABLE, why
 from data import sequence, tasks
 from loss import batch_of, batches_of_epoch, dev_loss, target_nats, tokens_of
 from model import attend
-from opening import find_attention, name_of_dtype, open_model
+from opening import find_attention, name_of_dtype, open_model, pack_weights
 from plumbing import parse, whole_file
 from plumbing import run as run_program
 from prefix import Prefix, Prefixes, counts, keys_and_values, load_prefix, parts
@@ -128,21 +128,19 @@ class Run:
         self.data = data                            # a name for the very pairs it learns from
         self.attend, self.nats = attend, nats       # what --attention and --compile ask for
         self.directory = Path(settings.out)
-        # Only the prefix is handed over: the optimiser could not touch the frozen model if it
-        # wanted to.
+        # Only what learns is handed over: the optimiser could not touch a frozen weight.
         self.optimizer = torch.optim.AdamW(learner.parameters(), lr=settings.lr, betas=(0.9, 0.999),
                                            eps=1e-8, weight_decay=settings.weight_decay)
         self.step, self.best, self.first = 0, inf, None    # steps done; dev losses
 
-    def begin(self):
-        """Create the directory and write down all settings."""
+    def begin(self, told):
+        """Create the directory and write down all settings, and what was told of the sizes."""
         commit = None
         if shutil.which("git"):
             commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
                                     capture_output=True, text=True).stdout.strip() or None
         about = {"settings": dataclasses.asdict(self.settings),
-                 "counts": counts(self.learner, self.model),
-                 "fingerprint": self.model.fingerprint, "commit": commit,
+                 "counts": told, "fingerprint": self.model.fingerprint, "commit": commit,
                  "versions": {"python": platform.python_version(), "torch": torch.__version__}}
         with whole_file(self.directory / "config.json", "w") as file:
             json.dump(about, file, indent=1)
@@ -231,8 +229,7 @@ class Run:
 
 @contextlib.contextmanager
 def stop_politely():
-    """Ctrl-C (or a cluster's SIGTERM) fills the list, so that the loop ends after the step it is
-    in.
+    """Ctrl-C (or a cluster's SIGTERM) fills the list: the loop ends after the step it is in.
 
     A second one ends the program at once.
     """
@@ -310,15 +307,18 @@ def main(argv=None):
         settings.dtype = "fp32"         # steps of 1e-5 would be rounded away in bf16 weights
     model, tokenizer = open_model(settings.model, settings.device, settings.dtype)
     settings.dtype = name_of_dtype(model.wte.weight.dtype)      # a resumed run keeps it
-    attend, nats = find_attention(settings.attention, model), target_nats
-    if settings.compile or settings.gradient_checkpointing or settings.share_source:
-        import step                             # a side door
-        nats = step.prepared(settings, model)
+    attend = find_attention(settings.attention, model)
     learner = make_learner(settings, model, tokenizer)
     room = room_for(settings, model, learner)
     pairs, dev = make_pairs(train_examples, dev_examples, settings, tokenizer, room)
     settings.steps = settings.steps or settings.epochs * math.ceil(len(pairs) / settings.batch_size)
-    print(f"{settings.model}: {counts(learner, model)}\n"
+    told, nats = counts(learner, model), target_nats
+    if settings.method == "prefix" and not settings.compile:
+        pack_weights(settings.pack, model, learning=True)
+    if settings.compile or settings.gradient_checkpointing or settings.share_source:
+        import step                             # a side door
+        nats = step.prepared(settings, model)
+    print(f"{settings.model}: {told}\n"
           f"{settings.data}: {len(pairs):,} pairs to learn from, {len(dev):,} dev pairs scored; "
           f"{settings.steps:,} steps of {settings.batch_size} -> {settings.out}")
     data = hashlib.sha256(repr([(p.ids, p.start) for p in pairs + dev]).encode()).hexdigest()
@@ -326,7 +326,7 @@ def main(argv=None):
     if settings.resume:
         run.restore()
     else:
-        run.begin()
+        run.begin(told)
     start = time.perf_counter()
     if not learn(run, pairs, dev):
         print(f"stopped after step {run.step}; go on with: python train.py --resume {settings.out}")

@@ -11,8 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import train
 from data.sequence import Pair
-from loss import batch_of, batches_of_epoch, by_source, dev_loss, target_nats, tokens_of
-from model import GPT2, GPT2Config
+from loss import batch_of, batches_of_epoch, by_source, target_nats
 from prefix import Prefix
 from train import Run, Settings
 
@@ -159,22 +158,85 @@ def test_the_compiled_step_is_the_step(kind, compiler):
     Would catch: a step compiled anew for each batch, or one that learns something else.
     """
     if kind == "gpt2":
-        model = random_gpt2(n_layer=1).float()
-        learner, pairs = some_learner, shared_pairs()
+        model, learner = random_gpt2(n_layer=1).float(), some_learner
+        pairs, shapes = [*shared_pairs(), Pair(list(range(20)), 15)], {(5, 16, 40), (5, 32, 40)}
     else:
-        model = random_bart(encoder_layers=1, decoder_layers=1).float()
-        learner, pairs = (lambda bart: some_prefixes(bart).float()), bart_pairs(14)
-    batches, runs = [pairs[i:i + 4] for i in (0, 4, 8, 10)], []         # of 4, the last one too
+        model, pairs = random_bart(encoder_layers=1, decoder_layers=1).float(), bart_pairs(15)
+        learner, shapes = (lambda bart: some_prefixes(bart).float()), {(5, 16, 40, 16)}
+    batches, runs = [pairs[i:i + 4] for i in (0, 4, 8, 12)], []     # the last one is of 3 pairs
     for compiled in (False, True):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         settings = Settings(lr=1e-2, steps=10, batch_size=5, out="unused", compile=compiled)
-        runs.append(Run(settings, model, learner(model), nats=step.prepared(settings, model)))
-        losses = [runs[-1].update(batch).item() for batch in batches]
-        if compiled:
-            assert losses == pytest.approx(plain, rel=1e-5)     # fp32, added in another order
-            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-            assert graphs == len(runs[-1].nats.shapes) + 1 < len(batches)   # 1: the trial
-        plain = losses
+        nats = step.prepared(settings, model)
+        runs.append(Run(settings, model, learner(model), nats=nats))
+        if not compiled:
+            plain = [runs[-1].update(batch).item() for batch in batches]
+    losses = [runs[-1].update(batch).item() for batch in batches]
+    assert losses == pytest.approx(plain, rel=1e-5)             # fp32, added in another order
+    assert nats.shapes == shapes
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 1 + len(shapes)                            # 1: the trial
     for a, b in zip(*(run.learner.parameters() for run in runs), strict=True):
-        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)   # AdamW divides by tiny gradients
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)       # AdamW divides by tiny gradients
+
+
+def test_a_missing_compiler_is_told(monkeypatch):
+    """Would catch: a traceback from deep inside PyTorch, minutes after the start."""
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "nowhere"))
+    with pytest.raises(ValueError, match="got --compile, but nothing can be compiled here .*nowhere"
+                                         ".*expected a C.. compiler.*leave it out"):
+        step.Compiled(4, torch.device("cpu"))
+
+
+# ---- as flags of train.py
+
+@pytest.fixture
+def task(tmp_path, monkeypatch, model_directory):
+    """Arguments of a small run on ten sources with four targets each, in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"source": f"n : {i}", "target": [f"{word} {i}" for word in "abcd"]})
+             for i in range(10)]
+    (tmp_path / "tiny.jsonl").write_text("\n".join(lines))
+    return ["--model", str(model_directory), "--data", "tiny.jsonl", "--device", "cpu", "--lr",
+            "1e-2", "--steps", "10", "--batch-size", "5", "--dev-every", "2", "--mid-dim", "16"]
+
+
+def log_of(run):
+    """The losses that a run has written, in order."""
+    lines = [json.loads(line) for line in open(f"{run}/log.jsonl", encoding="utf-8")]
+    return [line.get("loss", line.get("dev_loss")) for line in lines]
+
+
+def test_a_resumed_run_shares_the_same_sources(task):
+    """Would catch: flags that are lost, another order of the data after resuming."""
+    flags = ["--share-source", "--gradient-checkpointing"]
+    train.main([*task, *flags, "--out", "whole"])
+    train.main([*task, *flags, "--out", "parts", "--stop-at", "5"])
+    train.main(["--resume", "parts"])
+    train.main([*task, "--out", "unshared"])
+    assert log_of("whole")[:-2] == log_of("parts")[:-2]     # the last mean is over fewer steps
+    assert log_of("whole")[-1] == log_of("parts")[-1]
+    assert log_of("unshared")[0] == log_of("whole")[0] and log_of("unshared") != log_of("whole")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--share-source", "--compile"], "got --compile with --share-source"),
+    (["--gradient-checkpointing", "--compile"], "got --compile with .*--gradient-checkpointing"),
+])
+def test_what_does_not_go_together_is_told(task, flags, words):
+    """Would catch: a flag that is dropped without a word."""
+    with pytest.raises(ValueError, match=f"{words}.*; expected.*; leave"):
+        train.main([*task, *flags])
+
+
+def test_what_a_model_or_a_kernel_cannot_share_is_told(model, bart):
+    """BART reads sources apart anyway, and the kernel knows no tree. Would catch: a traceback from
+    the middle of a step.
+    """
+    with pytest.raises(ValueError, match="got --share-source with a BART; expected a GPT-2"):
+        step.prepared(Settings(share_source=True), bart)
+    for flag in ("share_source", "compile"):
+        with pytest.raises(ValueError, match="got --attention fused with --share-source or"):
+            step.prepared(Settings(attention="fused", **{flag: True}), model)

@@ -110,7 +110,7 @@ def collate_tree(rows, device):
             label += target
             text, owner = text + target[:-1], owner + [n] * (len(target) - 1)
         ids.append(text + [0] * (T - len(text)))
-        branch.append(owner + [-1] * (T - len(owner)))
+        branch.append(owner + list(range(len(owner) - T, 0)))       # padding: each sees itself
     ids, branch, place, label = map(torch.tensor, (ids, branch, place, label))
     seen = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])             # (B, T, T)
     return Batch(ids, place, label, seen.tril()).to(device)

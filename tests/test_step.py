@@ -109,6 +109,20 @@ def test_pairs_that_share_a_source_have_the_gradient_they_have_alone(model):
     assert torch.allclose(*thetas, rtol=1e-8)
 
 
+def test_a_row_may_be_longer_than_the_positions(model):
+    """What counts is how far a token sees. Would catch: padding that counts itself up to positions
+    that are not there, beside a row of many targets.
+    """
+    torch.manual_seed(5)
+    many = [Pair([5, 6, *torch.randint(257, (12,)).tolist()], 2) for _ in range(9)]
+    pairs, learner = [*many, Pair([7, 8], 1)], some_learner(model)
+    batch = batch_of(model, pairs, share=True)
+    assert batch.ids.size(1) > 64
+    for got, want in zip(gradients(model, learner, batch),
+                         gradients(model, learner, batch_of(model, pairs)), strict=True):
+        assert torch.allclose(got, want, rtol=1e-10, atol=1e-10 * want.abs().max())
+
+
 def test_a_shared_epoch_sees_every_pair_once_and_keeps_sources_together():
     """Would catch: pairs lost or seen twice, batches of another size (the number of steps of an
     epoch would be wrong), sources torn apart, an order that is not a function of seed and epoch.

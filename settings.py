@@ -97,12 +97,12 @@ class Settings:
                               "has it, else fp32", choices=["auto", "fp32", "bf16", "fp64"])
     attention: str = flag("explicit", "fused: one kernel that reads the prefix without copying it; "
                                       "needs a CUDA GPU and triton", choices=["explicit", "fused"])
-    compile: bool = flag(False, "compile the step, once for each of few shapes; needs a C++ compiler, "
-                                "on a GPU triton, and minutes at the start")
-    gradient_checkpointing: bool = flag(False, "less memory, a third more work: compute each block "
-                                               "again on the way back")
-    share_source: bool = flag(False, "GPT-2: batches hold the targets of few sources, and read each "
-                                     "source once; another order of the data")
+    compile: bool = flag(False, "compile the step, once for each of a few shapes; needs a C++ "
+                                "compiler, on a GPU triton too, and minutes at the start")
+    gradient_checkpointing: bool = flag(False, "less memory for more work: compute each block again "
+                                               "on the way back")
+    share_source: bool = flag(False, "GPT-2: a batch holds the targets of few sources and reads "
+                                     "each source once; so other pairs meet in a batch")
     pack: str = flag("auto", "lay out the frozen weights for this CPU's kernels, which takes them "
                              "twice; auto: where that works", choices=["auto", "yes", "no"])
     out: str = flag("", "directory of the run; left out: out/MODEL-DATA")

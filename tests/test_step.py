@@ -39,6 +39,27 @@ def some_learner(model, mid_dim=16):
     return Prefix(model.config, 5, mid_dim).to(model.wte.weight.dtype)
 
 
+def nodes(function, seen):
+    """The names of all steps of the way back."""
+    if function is not None and function not in seen:
+        seen.add(function)
+        for before, _ in function.next_functions:
+            nodes(before, seen)
+    return {node.name() for node in seen}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bart"])
+def test_a_layers_part_of_the_prefix_has_a_gradient_of_its_own_size(kind):
+    """Would catch: `prefix[layer]` in each layer. Its gradient is a whole prefix, zeros but for one
+    layer, and as many of them as there are layers are added up; of BART's memory it is gigabytes.
+    """
+    model = random_gpt2() if kind == "gpt2" else random_bart()
+    learner = some_learner(model, 0) if kind == "gpt2" else some_prefixes(model, 0)
+    batch = batch_of(model, shared_pairs() if kind == "gpt2" else bart_pairs())
+    names = nodes(target_nats(model, learner(), batch).grad_fn, set())
+    assert "UnbindBackward0" in names and "SelectBackward0" not in names
+
+
 # ---- less memory
 
 @pytest.mark.parametrize("mid_dim", [16, 0], ids=["MLP", "no MLP"])

@@ -99,8 +99,8 @@ class Settings:
                                       "needs a CUDA GPU and triton", choices=["explicit", "fused"])
     compile: bool = flag(False, "compile the step, once for each of a few shapes; needs a C++ "
                                 "compiler, on a GPU triton too, and minutes at the start")
-    gradient_checkpointing: bool = flag(False, "less memory for more work: compute each block again "
-                                               "on the way back")
+    gradient_checkpointing: bool = flag(False, "less memory for more work: compute each block "
+                                               "again on the way back")
     share_source: bool = flag(False, "GPT-2: a batch holds the targets of few sources and reads "
                                      "each source once; so other pairs meet in a batch")
     pack: str = flag("auto", "lay out the frozen weights for this CPU's kernels, which takes them "

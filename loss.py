@@ -88,6 +88,13 @@ def collate(pairs, device):
     return Batch(ids, torch.tensor(place), torch.tensor(label)).to(device)
 
 
+def cells_of(rows):
+    """B * T of the rows of a tree, padding too: T is a source and its targets, but for their ends,
+    which are only predicted.
+    """
+    return len(rows) * max(row[0].start + tokens_of(row) - len(row) for row in rows)
+
+
 def collate_tree(rows, device):
     """A `Batch` of rows of pairs (see `by_source`), a sequence each: the source, then its targets.
 
@@ -98,7 +105,7 @@ def collate_tree(rows, device):
         t1 b     1 1     1 1       0
         t2 a     1 1     0 0       1              Both first tokens are predicted from s2.
     """
-    T = max(row[0].start + sum(len(p.ids) - p.start - 1 for p in row) for row in rows)
+    T = cells_of(rows) // len(rows)
     ids, branch, place, label = [], [], [], []
     for b, row in enumerate(rows):
         start = row[0].start
@@ -123,8 +130,9 @@ def batch_of(model, pairs, share=False):
     are the encoder's.
     """
     device = model.wte.weight.device
-    if share:
-        return collate_tree(by_source(pairs, len(pairs)), device)
+    if share:       # whole groups, or halves of them and smaller: whatever is padded least
+        ways = (by_source(pairs, most) for most in range(1, len(pairs) + 1))
+        return collate_tree(min(ways, key=cells_of), device)
     if model.architecture != "bart":
         return collate(pairs, device)
     begin = [model.config.decoder_start_token_id]

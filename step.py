@@ -40,9 +40,9 @@ def checkpoint_blocks(model):
 
 def fixed(batch, rows, longest):
     """`batch` in one of few shapes, for each of which the step is compiled: B is `rows`, T a
-    multiple of 16 or `longest`, and N a multiple of 8 for each row.
+    multiple of 16 or `longest`, N a multiple of 8 for each row; of BART S a multiple of 128.
 
-    Of E2E's batches of 10 an epoch has 16 shapes, with 14 % more tokens and 15 % more places.
+    An epoch of E2E in batches of 10 has 16 shapes, and 14 % more tokens, 15 % more places.
     """
     (B, T), N = batch.ids.shape, len(batch.place)
     wider, more = min(T + -T % 16, longest) - T, -N % (8 * rows)
@@ -51,7 +51,7 @@ def fixed(batch, rows, longest):
     source = batch.source
     if source is not None:
         S = source[0].size(1)
-        source = tuple(F.pad(x, (0, min(S + -S % 16, longest) - S, 0, rows - B)) for x in source)
+        source = tuple(F.pad(x, (0, min(S + -S % 128, longest) - S, 0, rows - B)) for x in source)
     return Batch(ids, F.pad(place, (0, more)), F.pad(batch.label, (0, more), value=-100),
                  source=source)
 

@@ -207,7 +207,7 @@ def test_the_compiled_step_is_the_step(kind, compiler):
         pairs, shapes = [*shared_pairs(), Pair(list(range(20)), 15)], {(5, 16, 40), (5, 32, 40)}
     else:
         model, pairs = random_bart(encoder_layers=1, decoder_layers=1).float(), bart_pairs(15)
-        learner, shapes = (lambda bart: some_prefixes(bart).float()), {(5, 16, 40, 16)}
+        learner, shapes = (lambda bart: some_prefixes(bart).float()), {(5, 16, 40, 64)}
     batches, runs = [pairs[i:i + 4] for i in (0, 4, 8, 12)], []     # the last one is of 3 pairs
     for compiled in (False, True):
         torch._dynamo.reset()

@@ -69,9 +69,9 @@ class Compiled:
             torch.compile(torch.square)(torch.ones(8, device=device))
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"got --compile, but nothing can be compiled here ({reason}); expected "
-                             "a C++ compiler, on a GPU triton too; install one or leave it out"
-                             ) from error
+            raise ValueError(f"got --compile, but nothing can be compiled here ({reason}); "
+                             "expected a C++ compiler, on a GPU triton too; install one or leave "
+                             "it out") from error
         # fullgraph: what cannot be compiled is an error, never slow unasked.
         self.nats = torch.compile(target_nats, fullgraph=True, dynamic=False, recompile_limit=256,
                                   mode="reduce-overhead" if device.type == "cuda" else "default")

@@ -1,0 +1,379 @@
+"""A step of prefix-tuning beside peft and transformers: speed, memory, distance from the limit.
+
+All forms have the same frozen random weights, start from the same prefix of 10, learn its keys and
+values directly (no MLP: peft would evaluate its own once for each row) and end a step alike, by
+clipping and AdamW. They take turns, on the same batches where nothing else is said. A rate counts
+the real tokens of all pairs, each with its own source: neither padding nor a source that is read
+once for several targets changes what has been done. Memory is that of `added`, the limit that of
+`multiplications`; loss and gradient are compared with ours in fp32.
+Called by bench.py. Not here: the loss (loss.py), peft's model (rivals.py). Letters as in model.py.
+"""
+import copy
+import os
+import random
+import statistics
+import time
+import typing
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from data import sequence, tasks
+from data.tokenizer import base_tokenizer
+from loss import batches_of_epoch, by_source, collate, collate_tree, dev_loss, nats_of, target_nats
+from model import GPT2Config, attend
+from prefix import Prefix
+from rivals import peft_model, random_model
+
+P = 10
+SIZES = {"cpu": GPT2Config(), "cuda": GPT2Config(n_embd=1024, n_layer=24, n_head=16)}  # medium
+LIKE_E2E = ((35, 10), (25, 8))      # tokens of a source and of a target, mean and deviation
+CASES = {  # pairs in a batch, batches that are timed, lengths; None: E2E's own, if there
+    "cpu": {"8 pairs": (8, 4, None), "40 pairs": (40, 1, None)},
+    "cuda": {"32 x 96 tokens": (32, 1, ((56, 0), (40, 0))), "10 pairs": (10, 4, None),
+             "5 pairs": (5, 4, None)},                          # the paper's batches: 10 and 5
+}
+TABLES = {"train": 300, "dev": 15}  # sources that are used, with all their references
+SHARED, LIMIT = "ours, source shared", "multiplications alone"
+TOGETHER = 16                       # at most so many targets behind one source
+
+
+# ---- what there is to learn from
+
+def drawn_pairs(lengths, vocab_size, tables, references=8):
+    """Pairs of random words, `references` for each source: E2E has about 8 for a table."""
+    rng = random.Random(0)
+
+    def words(mean, deviation):
+        number = max(3, round(rng.gauss(mean, deviation)))
+        return [rng.randrange(1, vocab_size) for _ in range(number)]
+    pairs = []
+    for _ in range(tables):
+        source = words(*lengths[0])
+        pairs += [sequence.Pair(source + words(*lengths[1]), len(source))
+                  for _ in range(references)]
+    return pairs
+
+
+def some_pairs(split, config, data_dir):
+    """The pairs of some tables: E2E's own, as train.py reads them, or of such lengths."""
+    if not data_dir:
+        return drawn_pairs(LIKE_E2E, config.vocab_size, TABLES[split])
+    examples = random.Random(0).sample(tasks.load("e2e", split, data_dir), TABLES[split])
+    tokenizer = base_tokenizer(Path(__file__).parent)           # no file of its own: GPT-2's
+    return sequence.encode_pairs(examples, tokenizer, config.n_positions - P)[0]
+
+
+class Batch(typing.NamedTuple):
+    """What all forms learn from, made before the clock starts."""
+    ids: torch.Tensor           # (B, T), padded behind, as train.py pads
+    learn: torch.Tensor         # (B, T) bool, the tokens that the loss is taken on
+    real: torch.Tensor          # (B, T), 1 at a token and 0 at padding: peft wants to be told
+    labels: torch.Tensor        # (B, T), the same tokens, -100 where there is no loss: peft's way
+    tree: tuple                 # the same pairs with each source once, see loss.collate_tree
+    tokens: int                 # real tokens of all pairs
+    once: int                   # of these, where a source counts once
+    targets: int                # tokens that the loss is taken on
+
+
+def make_batch(pairs, device):
+    ids, learn = collate(pairs, device)
+    length = torch.tensor([[len(pair.ids)] for pair in pairs], device=device)           # (B, 1)
+    real = (torch.arange(ids.size(1), device=device) < length).long()                   # (B, T)
+    rows = by_source(pairs, TOGETHER)
+    tokens, targets = sum(len(p.ids) for p in pairs), sum(len(p.ids) - p.start for p in pairs)
+    # In a tree the last token of a target, which nothing follows, is not read.
+    once = targets - len(pairs) + sum(row[0].start for row in rows)
+    return Batch(ids, learn, real, ids.masked_fill(~learn, -100), collate_tree(rows, device),
+                 tokens, once, targets)
+
+
+def spread(batches, count):
+    """`count` of the batches, from short to long, evenly: together they are like all of them."""
+    batches = sorted(batches, key=lambda batch: sum(len(pair.ids) for pair in batch))
+    return [batches[(2 * i + 1) * len(batches) // (2 * count)] for i in range(count)]
+
+
+def kinds_of_batches(pairs, size, count, device):
+    """{kind: Batches}. alike: pairs of similar lengths, as train.py has them. random: drawn from
+    all, as loops mostly have them. tables: whole groups of pairs with the same source.
+    """
+    rng, tables = random.Random(0), []
+    for row in by_source(pairs, min(size, TOGETHER)):
+        if tables and len(tables[-1]) + len(row) <= size:
+            tables[-1].extend(row)
+        else:
+            tables.append(list(row))
+    alike = [[pairs[i] for i in batch] for batch in batches_of_epoch(pairs, size, 0, 0)]
+    found = {"alike": alike, "random": [rng.sample(pairs, size) for _ in alike], "tables": tables}
+    return {kind: [make_batch(batch, device) for batch in
+                   spread([batch for batch in batches if len(batch) == size], count)]
+            for kind, batches in found.items()}
+
+
+# ---- who learns
+
+class Form(typing.NamedTuple):
+    """One way to do a step."""
+    name: str
+    loss: typing.Callable       # Batch -> -log p of a target token, the mean over the batch
+    learns: torch.Tensor        # (P, 2LC), the only thing that learns
+    kind: str = "alike"         # the batches it learns from, see `kinds_of_batches`
+
+
+def ours(name, model, start, attend=attend):
+    """As train.py does it: fp32 keys and values, cast to the frozen model's dtype."""
+    learner = copy.deepcopy(start)
+
+    def loss(batch):
+        prefix = learner().to(model.wte.weight.dtype)                   # (L, 2, 1, H, P, D)
+        return target_nats(model, prefix, batch.ids, batch.learn, attend) / batch.targets
+    return Form(name, loss, learner.table)
+
+
+def shared(name, model, start):
+    """Each source once for all its targets, by the mask of a tree."""
+    learner = copy.deepcopy(start)
+
+    def loss(batch):
+        prefix = learner().to(model.wte.weight.dtype)                   # (L, 2, 1, H, P, D)
+        ids, look, place, label = batch.tree
+        real = torch.nn.functional.pad(look, (P, 0), value=True)        # (B, T, P+T)
+        hidden = model(ids, prefix, real).flatten(0, 1)[place]          # (N, C)
+        return nats_of(model.head(hidden), label) / batch.targets
+    return Form(name, loss, learner.table, "tables")
+
+
+def theirs(name, model, start, attention, autocast=False):
+    """peft's: it wants the labels, and tells the mean over their tokens."""
+    rival = peft_model(model, start.fold(), attention)
+    learns = rival.prompt_encoder.default.embedding.weight.requires_grad_()
+
+    def loss(batch):
+        with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=autocast):
+            return rival(input_ids=batch.ids, attention_mask=batch.real, labels=batch.labels).loss
+    return Form(name, loss, learns)
+
+
+def all_forms(model, frozen, start):
+    """The Forms for a dtype of the frozen weights. Another one is another line here.
+
+    model: in fp32; frozen: the same in that dtype. start: the prefix that all begin with.
+    """
+    found = [ours("ours", frozen, start), shared(SHARED, frozen, start)]
+    if frozen.wte.weight.device.type == "cuda":
+        import fused                            # needs triton
+        found.append(ours("ours, fused attention", frozen, start, fused.attend))
+    found += [theirs(f"peft, {name}", frozen, start, name) for name in ("sdpa", "eager")]
+    usual = found[-2]
+    if frozen is not model:                     # fp32 weights that are cast where they are used
+        usual = theirs("peft, autocast", model, start, "sdpa", autocast=True)
+        found.append(usual)
+    return found + [usual._replace(name=f"{usual.name}, random", kind="random")]
+
+
+def step_of(form):
+    """A function of a batch that does one whole step."""
+    # A rate of 0 takes the same time, and all cases begin with the same prefix.
+    optimizer = torch.optim.AdamW([form.learns], lr=0.0)
+
+    def step(batch):
+        form.loss(batch).backward()
+        torch.nn.utils.clip_grad_norm_([form.learns], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
+
+
+# ---- what is measured
+
+def differences(forms, reference, batches):
+    """{name: (of the loss, of the gradient)}, how far a form is from `reference` on the first of
+    its batches, as parts of what the reference has.
+    """
+    found, right = {}, {}
+
+    def told(form, batch):
+        loss = form.loss(batch)
+        return loss.item(), torch.autograd.grad(loss, form.learns)[0]           # (P, 2LC)
+    for form in forms:
+        batch = batches[form.kind][0]
+        if form.kind not in right:
+            right[form.kind] = told(reference, batch)
+        (loss, gradient), (true_loss, true_gradient) = told(form, batch), right[form.kind]
+        found[form.name] = (abs(loss - true_loss) / true_loss,
+                            ((gradient - true_gradient).norm() / true_gradient.norm()).item())
+    return found
+
+
+def added(once, device):
+    """Bytes that `once` needs at its fullest moment, beyond what was there before.
+
+    They are those of tensors, inside of operations too, as PyTorch's allocator hands them out: on a
+    CPU its profiler has kept a list, on a GPU the allocator itself. What a library takes for itself
+    is not among them, nor what lies unused between two tensors.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        once()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")      # the profiler else tells when it starts
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as told:
+        once()
+    now = most = 0
+    for event in sorted(told.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()               # below 0 where a tensor goes
+            most = max(most, now)
+    return most
+
+
+def useful(config, tokens, targets):
+    """Floating point operations that a step cannot do without, of the frozen weights.
+
+    `tokens` rows times a weight (in, out) are 2 * tokens * in * out operations, and on the way back
+    the gradient for these rows, by the same weight, takes as many. Weights that do not learn want
+    no gradient. Nothing that learns stands in front of the first c_attn: it has no way back. Only
+    `targets` rows need the head. Attention's scores, about 1 % at these lengths, are left out.
+    """
+    C = config.n_embd
+    blocks = config.n_layer * 12 * C * C        # c_attn 3 C * C, c_proj 1, c_fc 4, c_proj 4
+    return 4 * blocks * tokens - 2 * 3 * C * C * tokens + 4 * C * config.vocab_size * targets
+
+
+def multiplications(model):
+    """A function of a batch that does what `useful` counts, by the model's own weights, and nothing
+    else: what is left when attention, layer norms, GELU, softmax, memory and Python cost nothing.
+    """
+    weights = [layer.weight for block in model.h for layer in (
+        block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)]
+
+    @cache                            # buffers that are there already: no page is new
+    def rows(number, width, use):
+        return torch.randn(number, width, device=weights[0].device).to(weights[0])
+
+    def once(batch):
+        N = batch.tokens
+        for weight in weights:                                                  # (out, in)
+            outside, inside = weight.shape
+            y = torch.mm(rows(N, inside, "in"), weight.T, out=rows(N, outside, "out"))
+            if weight is not weights[0]:
+                torch.mm(y, weight, out=rows(N, inside, "gradient"))            # (N, in)
+        words, N = model.wte.weight, batch.targets
+        y = torch.mm(rows(N, words.size(1), "in"), words.T, out=rows(N, words.size(0), "out"))
+        torch.mm(y, words, out=rows(N, words.size(1), "gradient"))              # (N, C)
+    return once
+
+
+def seconds(once, device):
+    """How long `once` takes; on a CPU only this process's own time: what else the machine does is
+    not our speed.
+    """
+    if device.type != "cuda":
+        start = time.process_time()
+        once()
+        return time.process_time() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    once()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def copied(device, size=2 ** 28):
+    """Bytes a second that a copy reads and writes, the median of 5."""
+    x, y = torch.zeros(2, size, dtype=torch.uint8, device=device)
+    return 2 * size / statistics.median(seconds(lambda: y.copy_(x), device) for _ in range(5))
+
+
+def in_turns(steps, device, rounds):
+    """{name: seconds of all its batches}, each batch by its median; steps: {name: (step, batches)}.
+    """
+    times = {(name, i): [] for name, (_, batches) in steps.items() for i in range(len(batches))}
+    for turn in range(1 + rounds):              # the first turn warms up
+        for name, (step, batches) in steps.items():     # in turns: what disturbs one disturbs all
+            for i, batch in enumerate(batches):
+                times[name, i].append(seconds(lambda: step(batch), device))
+    return {name: sum(statistics.median(times[name, i][1:]) for i in range(len(batches)))
+            for name, (_, batches) in steps.items()}
+
+
+# ---- the tables
+
+def one_case(title, forms, frozen, batches, device, rounds):
+    """Rows of figures, one for each form at one size of batch, and one for the limit."""
+    steps = {form.name: (step_of(form), batches[form.kind]) for form in forms}
+    taken = in_turns(steps | {LIMIT: (multiplications(frozen), batches["alike"])}, device, rounds)
+    rows, config = [], frozen.config
+    operations = sum(useful(config, batch.tokens, batch.targets) for batch in batches["alike"])
+    limit = operations / taken[LIMIT]           # operations a second
+    for name, (step, own) in steps.items():
+        operations = sum(useful(config, batch.once if name == SHARED else batch.tokens,
+                                batch.targets) for batch in own)
+        rows.append({"what": title, "form": name,
+                     "tokens/s": sum(batch.tokens for batch in own) / taken[name],
+                     "of the limit": operations / taken[name] / limit,
+                     "MB": max(added(partial(step, batch), device) for batch in own) / 1e6})
+    best = max(row["tokens/s"] for row in rows if row["form"].startswith("peft"))
+    return [row | {"over best peft": row["tokens/s"] / best} for row in rows] + [
+        {"what": title, "form": LIMIT, "GFLOP/s": limit / 1e9}]
+
+
+def train(device, dtype, rounds, data_dir):
+    """Print a table of real tokens a second; return one row of figures for each form and case."""
+    size, cases = SIZES[device.type], CASES[device.type]
+    print(f"texts: {f'E2E, {data_dir}' if data_dir else 'drawn, of lengths like those of E2E'}")
+    model = random_model(size, device, torch.float32)
+    frozen = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
+    start = Prefix(size, P, mid_dim=0).to(device)
+    forms, reference = all_forms(model, frozen, start), ours("ours in fp32", model, start)
+    rows = [{"what": "copy", "GB/s": copied(device) / 1e9}]
+    print(f"a copy reads and writes {rows[0]['GB/s']:.1f} GB/s\n"
+          f"{'':16}{'form':24}{'tokens/s':>10}{'/ best peft':>13}{'of limit':>10}{'MB':>9}"
+          f"{'loss off':>10}{'gradient':>10}")
+    for title, (pairs, count, lengths) in cases.items():
+        found = (drawn_pairs(lengths, size.vocab_size, TABLES["train"]) if lengths else
+                 some_pairs("train", size, data_dir))
+        batches = kinds_of_batches(found, pairs, count, device)
+        off = differences(forms, reference, batches)
+        for row in one_case(title, forms, frozen, batches, device, rounds):
+            rows.append(row)
+            print(f"{title if row['form'] == 'ours' else '':16}{row['form']:24}", end="")
+            if row["form"] == LIMIT:
+                print(f"{row['GFLOP/s']:>10.0f} GFLOP/s", flush=True)
+                continue
+            row["loss off"], row["gradient off"] = off[row["form"]]
+            print(f"{row['tokens/s']:>10.0f}{row['over best peft']:>13.2f}"
+                  f"{row['of the limit']:>10.0%}{row['MB']:>9.0f}{row['loss off']:>10.0e}"
+                  f"{row['gradient off']:>10.0e}")
+    return rows
+
+
+def dev(device, dtype, rounds, data_dir):
+    """Print how fast loss.dev_loss scores a dev set, each source once or pair by pair."""
+    size = SIZES[device.type]
+    model = random_model(size, device, dtype)
+    learner, pairs = Prefix(size, P, mid_dim=0).to(device), some_pairs("dev", size, data_dir)
+    tokens = sum(len(pair.ids) for pair in pairs)
+    # To dev_loss any function but its own `attend` is one that knows no trees: partial makes one.
+    steps = {"source shared": partial(dev_loss, model, learner),
+             "pair by pair": partial(dev_loss, model, learner, attend=partial(attend))}
+    found, rows = {}, []
+
+    def score(name, step, pairs):
+        found[name] = step(pairs, 16)           # as many as train.py scores at once
+    taken = in_turns({name: (partial(score, name, step), [pairs]) for name, step in steps.items()},
+                     device, rounds)
+    for name in steps:
+        rows.append({"what": f"dev, {TABLES['dev']} tables, {len(pairs)} pairs", "form": name,
+                     "tokens/s": tokens / taken[name], "loss": found[name],
+                     "over pair by pair": taken["pair by pair"] / taken[name]})
+        print(f"{rows[-1]['what']:28}{name:16}{tokens / taken[name]:>10.0f} tokens/s"
+              f"{rows[-1]['over pair by pair']:>7.2f}   loss {found[name]:.6f}", flush=True)
+    return rows

@@ -279,8 +279,9 @@ def main(argv=None):
         torch.set_num_threads(1)
     machine = (torch.cuda.get_device_name() if device.type == "cuda"
                else platform.processor() or platform.machine())
-    about = {"machine": machine, "torch": torch.__version__, "dtype": name, "rounds": rounds,
-             "date": datetime.date.today().isoformat(), "threads": torch.get_num_threads()}
+    about = {"measure": settings.what, "machine": machine, "torch": torch.__version__,
+             "dtype": name, "rounds": rounds, "date": datetime.date.today().isoformat(),
+             "threads": torch.get_num_threads()}
     print(" ".join(f"{key} {value}" for key, value in about.items()))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
     rows = measures[settings.what](device, dtype, rounds)

@@ -18,6 +18,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from data import sequence, tasks
@@ -74,7 +75,8 @@ class Batch(typing.NamedTuple):
     labels: torch.Tensor        # (B, T), the same tokens, -100 where there is no loss: peft's way
     tree: tuple                 # the same pairs with each source once, see loss.collate_tree
     tokens: int                 # real tokens of all pairs
-    once: int                   # of these, where a source counts once
+    read: int                   # of these, all but the last of each pair, which nothing follows
+    once: int                   # of these, with each source counted once
     targets: int                # tokens that the loss is taken on
 
 
@@ -84,10 +86,9 @@ def make_batch(pairs, device):
     real = (torch.arange(ids.size(1), device=device) < length).long()                   # (B, T)
     rows = by_source(pairs, TOGETHER)
     tokens, targets = sum(len(p.ids) for p in pairs), sum(len(p.ids) - p.start for p in pairs)
-    # In a tree the last token of a target, which nothing follows, is not read.
     once = targets - len(pairs) + sum(row[0].start for row in rows)
     return Batch(ids, learn, real, ids.masked_fill(~learn, -100), collate_tree(rows, device),
-                 tokens, once, targets)
+                 tokens, tokens - len(pairs), once, targets)
 
 
 def spread(batches, count):
@@ -140,7 +141,7 @@ def shared(name, model, start):
     def loss(batch):
         prefix = learner().to(model.wte.weight.dtype)                   # (L, 2, 1, H, P, D)
         ids, look, place, label = batch.tree
-        real = torch.nn.functional.pad(look, (P, 0), value=True)        # (B, T, P+T)
+        real = F.pad(look, (prefix.size(4), 0), value=True)             # (B, T, P+T)
         hidden = model(ids, prefix, real).flatten(0, 1)[place]          # (N, C)
         return nats_of(model.head(hidden), label) / batch.targets
     return Form(name, loss, learner.table, "tables")
@@ -232,17 +233,17 @@ def added(once, device):
     return most
 
 
-def useful(config, tokens, targets):
+def useful(config, read, targets):
     """Floating point operations that a step cannot do without, of the frozen weights.
 
-    `tokens` rows times a weight (in, out) are 2 * tokens * in * out operations, and on the way back
-    the gradient for these rows, by the same weight, takes as many. Weights that do not learn want
+    `read` tokens times a weight (in, out) are 2 * read * in * out operations, and on the way back
+    the gradient for these tokens, by the same weight, takes as many. Weights that do not learn want
     no gradient. Nothing that learns stands in front of the first c_attn: it has no way back. Only
-    `targets` rows need the head. Attention's scores, about 1 % at these lengths, are left out.
+    `targets` tokens need the head. Attention's scores, about 1 % at these lengths, are left out.
     """
     C = config.n_embd
     blocks = config.n_layer * 12 * C * C        # c_attn 3 C * C, c_proj 1, c_fc 4, c_proj 4
-    return 4 * blocks * tokens - 2 * 3 * C * C * tokens + 4 * C * config.vocab_size * targets
+    return 4 * blocks * read - 2 * 3 * C * C * read + 4 * C * config.vocab_size * targets
 
 
 def multiplications(model):
@@ -257,7 +258,7 @@ def multiplications(model):
         return torch.randn(number, width, device=weights[0].device).to(weights[0])
 
     def once(batch):
-        N = batch.tokens
+        N = batch.read
         for weight in weights:                                                  # (out, in)
             outside, inside = weight.shape
             y = torch.mm(rows(N, inside, "in"), weight.T, out=rows(N, outside, "out"))
@@ -311,15 +312,16 @@ def one_case(title, forms, frozen, batches, device, rounds):
     steps = {form.name: (step_of(form), batches[form.kind]) for form in forms}
     taken = in_turns(steps | {LIMIT: (multiplications(frozen), batches["alike"])}, device, rounds)
     rows, config = [], frozen.config
-    operations = sum(useful(config, batch.tokens, batch.targets) for batch in batches["alike"])
+    operations = sum(useful(config, batch.read, batch.targets) for batch in batches["alike"])
     limit = operations / taken[LIMIT]           # operations a second
     for name, (step, own) in steps.items():
-        operations = sum(useful(config, batch.once if name == SHARED else batch.tokens,
+        operations = sum(useful(config, batch.once if name == SHARED else batch.read,
                                 batch.targets) for batch in own)
         rows.append({"what": title, "form": name,
                      "tokens/s": sum(batch.tokens for batch in own) / taken[name],
                      "of the limit": operations / taken[name] / limit,
-                     "MB": max(added(partial(step, batch), device) for batch in own) / 1e6})
+                     "MB": added(partial(step, max(own, key=lambda batch: batch.ids.numel())),
+                                 device) / 1e6})
     best = max(row["tokens/s"] for row in rows if row["form"].startswith("peft"))
     return [row | {"over best peft": row["tokens/s"] / best} for row in rows] + [
         {"what": title, "form": LIMIT, "GFLOP/s": limit / 1e9}]
@@ -328,13 +330,13 @@ def one_case(title, forms, frozen, batches, device, rounds):
 def train(device, dtype, rounds, data_dir):
     """Print a table of real tokens a second; return one row of figures for each form and case."""
     size, cases = SIZES[device.type], CASES[device.type]
-    print(f"texts: {f'E2E, {data_dir}' if data_dir else 'drawn, of lengths like those of E2E'}")
+    texts = "E2E" if data_dir else "drawn, of lengths like those of E2E"
     model = random_model(size, device, torch.float32)
     frozen = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
     start = Prefix(size, P, mid_dim=0).to(device)
     forms, reference = all_forms(model, frozen, start), ours("ours in fp32", model, start)
-    rows = [{"what": "copy", "GB/s": copied(device) / 1e9}]
-    print(f"a copy reads and writes {rows[0]['GB/s']:.1f} GB/s\n"
+    rows = [{"what": "copy", "GB/s": copied(device) / 1e9, "texts": texts}]
+    print(f"texts: {texts}; a copy reads and writes {rows[0]['GB/s']:.1f} GB/s\n"
           f"{'':16}{'form':24}{'tokens/s':>10}{'/ best peft':>13}{'of limit':>10}{'MB':>9}"
           f"{'loss off':>10}{'gradient':>10}")
     for title, (pairs, count, lengths) in cases.items():
@@ -360,20 +362,20 @@ def dev(device, dtype, rounds, data_dir):
     size = SIZES[device.type]
     model = random_model(size, device, dtype)
     learner, pairs = Prefix(size, P, mid_dim=0).to(device), some_pairs("dev", size, data_dir)
-    tokens = sum(len(pair.ids) for pair in pairs)
     # To dev_loss any function but its own `attend` is one that knows no trees: partial makes one.
     steps = {"source shared": partial(dev_loss, model, learner),
              "pair by pair": partial(dev_loss, model, learner, attend=partial(attend))}
-    found, rows = {}, []
+    losses, rows = {}, []
 
-    def score(name, step, pairs):
-        found[name] = step(pairs, 16)           # as many as train.py scores at once
-    taken = in_turns({name: (partial(score, name, step), [pairs]) for name, step in steps.items()},
-                     device, rounds)
+    def score(name, pairs):
+        losses[name] = steps[name](pairs, 16)   # as many as train.py scores at once
+    taken = in_turns({name: (partial(score, name), [pairs]) for name in steps}, device, rounds)
+    rate = {name: sum(len(pair.ids) for pair in pairs) / taken[name] for name in steps}
     for name in steps:
-        rows.append({"what": f"dev, {TABLES['dev']} tables, {len(pairs)} pairs", "form": name,
-                     "tokens/s": tokens / taken[name], "loss": found[name],
-                     "over pair by pair": taken["pair by pair"] / taken[name]})
-        print(f"{rows[-1]['what']:28}{name:16}{tokens / taken[name]:>10.0f} tokens/s"
-              f"{rows[-1]['over pair by pair']:>7.2f}   loss {found[name]:.6f}", flush=True)
+        row = {"what": f"{TABLES['dev']} tables, {len(pairs)} pairs", "form": name,
+               "tokens/s": rate[name], "over pair by pair": rate[name] / rate["pair by pair"],
+               "loss": losses[name], "texts": "E2E" if data_dir else "drawn"}
+        print(f"{row['what']:28}{name:16}{row['tokens/s']:>8.0f} tokens/s"
+              f"{row['over pair by pair']:>7.2f}   loss {row['loss']:.6f}", flush=True)
+        rows.append(row)
     return rows

@@ -15,6 +15,7 @@ import statistics
 import time
 import typing
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -38,7 +39,6 @@ CASES = {  # pairs in a batch, batches that are timed, lengths; None: E2E's own,
 }
 TABLES = {"train": 300, "dev": 15}  # sources that are used, with all their references
 SHARED, LIMIT = "ours, source shared", "multiplications alone"
-TOGETHER = 16                       # at most so many targets behind one source
 
 
 # ---- what there is to learn from
@@ -84,7 +84,7 @@ def make_batch(pairs, device):
     ids, learn = collate(pairs, device)
     length = torch.tensor([[len(pair.ids)] for pair in pairs], device=device)           # (B, 1)
     real = (torch.arange(ids.size(1), device=device) < length).long()                   # (B, T)
-    rows = by_source(pairs, TOGETHER)
+    rows = by_source(pairs, len(pairs))
     tokens, targets = sum(len(p.ids) for p in pairs), sum(len(p.ids) - p.start for p in pairs)
     once = targets - len(pairs) + sum(row[0].start for row in rows)
     return Batch(ids, learn, real, ids.masked_fill(~learn, -100), collate_tree(rows, device),
@@ -99,14 +99,10 @@ def spread(batches, count):
 
 def kinds_of_batches(pairs, size, count, device):
     """{kind: Batches}. alike: pairs of similar lengths, as train.py has them. random: drawn from
-    all, as loops mostly have them. tables: whole groups of pairs with the same source.
+    all, as loops mostly have them. tables: those of a source stand together, until a batch is full.
     """
-    rng, tables = random.Random(0), []
-    for row in by_source(pairs, min(size, TOGETHER)):
-        if tables and len(tables[-1]) + len(row) <= size:
-            tables[-1].extend(row)
-        else:
-            tables.append(list(row))
+    rng, grouped = random.Random(0), list(chain(*by_source(pairs, size)))
+    tables = [grouped[i:i + size] for i in range(0, len(grouped), size)]
     alike = [[pairs[i] for i in batch] for batch in batches_of_epoch(pairs, size, 0, 0)]
     found = {"alike": alike, "random": [rng.sample(pairs, size) for _ in alike], "tables": tables}
     return {kind: [make_batch(batch, device) for batch in

@@ -15,9 +15,8 @@ import torch
 
 from data.bpe import world_texts
 from data.headlines import report
-from data.sequence import Pair
 from data.world_text import FIRST, GROUPS, TEXT, document, mark, world_thing
-from loss import collate, target_nats
+from loss import nats_of, padded
 from model import BART, BARTConfig
 from model import attend as written_out
 
@@ -128,11 +127,11 @@ class Batches(torch.utils.data.Dataset):
 def tensors(made, tokenizer):
     """(ids (B, T), learn (B, T), source (B, S), real (B, S)) of a list from `corrupted`."""
     begin = tokenizer.eot_token                             # </s>, as in front of every target
-    ids, learn = collate([Pair([begin, *target], 1) for _, target, _ in made], "cpu")
+    ids, _ = padded([[begin, *target] for _, target, _ in made])                    # (B, T)
+    learn = torch.zeros_like(ids, dtype=torch.bool)                                 # (B, T)
     for row, (_, target, learned) in enumerate(made):
         learn[row, 1:1 + len(target)] = torch.tensor(learned)
-    source, real = collate([Pair(source, 0) for source, _, _ in made], "cpu")
-    return ids, learn, source, real
+    return ids, learn, *padded([source for source, _, _ in made])
 
 
 # ---- the model
@@ -156,7 +155,9 @@ def new_model(settings):
 
 def loss_of(net, ids, learn, source, real, attend=written_out):
     """(summed loss, number) of the learned tokens."""
-    return target_nats(net, None, ids, learn, attend, (source, real)), int(learn.sum())
+    memory = net.encode(source, real, attend=attend)
+    hidden, learn = net(ids, attend=attend, memory=memory)[:, :-1], learn[:, 1:]    # (B, T-1, C)
+    return nats_of(net.head(hidden[learn]), ids[:, 1:][learn]), int(learn.sum())
 
 
 @torch.no_grad()

@@ -5,6 +5,9 @@ For GPT-2 source and target are one sequence, for BART the source is the encoder
 the decoder's. Called by train.py. Not here: the optimiser (train.py), from text to tokens
 (data/sequence.py). Letters as in model.py.
 """
+import itertools
+import typing
+
 import torch
 from torch.nn import functional as F
 
@@ -12,72 +15,10 @@ from data.sequence import Pair
 from model import attend as written_out
 
 
-def batches_of_epoch(pairs, batch_size, seed, epoch):
-    """The batches of one epoch, lists of indices: similar lengths together, in random order.
+def tokens_of(pairs):
+    """How many tokens there are to learn: those of the targets, their ends among them."""
+    return sum(len(pair.ids) - pair.start for pair in pairs)
 
-    Similar lengths mean little padding. Sorting all would fix which pairs meet, so only pools of 50
-    batches are sorted. A function of (seed, epoch) alone: a resumed run needs no state to find its
-    place.
-    """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(pairs), generator=generator).tolist()
-    batches = []
-    for i in range(0, len(order), 50 * batch_size):
-        pool = sorted(order[i:i + 50 * batch_size], key=lambda j: len(pairs[j].ids))
-        batches += [pool[j:j + batch_size] for j in range(0, len(pool), batch_size)]
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-
-
-def collate(pairs, device):
-    """Tokens (B, T), padded behind, and learn (B, T), True at the tokens the loss is taken on."""
-    T = max(len(pair.ids) for pair in pairs)
-    ids = torch.tensor([p.ids + [0] * (T - len(p.ids)) for p in pairs])                     # (B, T)
-    place = torch.arange(T)
-    start = torch.tensor([[p.start] for p in pairs])                                        # (B, 1)
-    end = torch.tensor([[len(p.ids)] for p in pairs])                                       # (B, 1)
-    learn = (start <= place) & (place < end)                                                # (B, T)
-    return ids.to(device, non_blocking=True), learn.to(device, non_blocking=True)
-
-
-def batch_of(model, pairs):
-    """Everything that `target_nats` wants of `pairs`: (ids, learn) as `collate` has them.
-
-    Of BART they are the targets, behind the token that every target begins with. Then there is a
-    third thing, the sources: their tokens (B, S), padded behind, and which of these are real.
-    """
-    device = model.wte.weight.device
-    if model.architecture != "bart":
-        return collate(pairs, device)
-    begin = [model.config.decoder_start_token_id]
-    targets = [Pair(begin + p.ids[p.start:], 1) for p in pairs]
-    return *collate(targets, device), collate([Pair(p.ids[:p.start], 0) for p in pairs], device)
-
-
-def nats_of(logits, label):
-    """-log p summed over the tokens label (N,), from logits (N, V)."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))    # bf16 is too coarse
-    return F.cross_entropy(logits, label, reduction="sum")
-
-
-def target_nats(model, prefix, ids, learn, attend=written_out, source=None):
-    """-log p(target | source) summed over the batch, in nats: the loss on targets and their end
-    only.
-
-    prefix: (L, 2, 1 or B, H, P, D), of BART `Places`. ids, learn, source: see `batch_of`. The
-    padding stands behind every real token, where the causal mask hides it already, so the decoder
-    is told nothing of it.
-    """
-    if source is None:
-        hidden = model(ids, prefix, attend=attend)[:, :-1]                             # (B, T-1, C)
-    else:
-        memory = model.encode(*source, prefix, attend)
-        hidden = model(ids, prefix, attend=attend, memory=memory)[:, :-1]              # (B, T-1, C)
-    # A token is predicted from the one before it. Only these positions see the vocabulary head: the
-    # largest multiplication of a small GPT-2, and its largest activation.
-    return nats_of(model.head(hidden[learn[:, 1:]]), ids[:, 1:][learn[:, 1:]])
-
-
-# ---- the dev set: a source that has several references is read once
 
 def by_source(pairs, most):
     """Lists of pairs that begin with the same source, at most `most` in each; similar lengths stand
@@ -87,21 +28,75 @@ def by_source(pairs, most):
     for pair in pairs:
         groups.setdefault(tuple(pair.ids[:pair.start]), []).append(pair)
     rows = [group[i:i + most] for group in groups.values() for i in range(0, len(group), most)]
-    return sorted(rows, key=lambda row: sum(len(p.ids) - p.start for p in row) + row[0].start)
+    return sorted(rows, key=lambda row: tokens_of(row) + row[0].start)
+
+
+def batches_of_epoch(pairs, batch_size, seed, epoch, share=False):
+    """The batches of one epoch, lists of indices: similar lengths together, in random order.
+
+    Similar lengths mean little padding. Sorting all would fix which pairs meet, so only pools of 50
+    batches are sorted. A function of (seed, epoch) alone: a resumed run needs no state to find its
+    place. share: the pairs of one source stay together, but for those where a batch is full.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    groups = {}
+    for i, pair in enumerate(pairs):
+        groups.setdefault(tuple(pair.ids[:pair.start]) if share else i, []).append(i)
+    groups = list(groups.values())
+    order, pools = torch.randperm(len(groups), generator=generator).tolist(), []
+    size = max(1, 50 * batch_size * len(groups) // len(pairs))          # groups in a pool
+    for i in range(0, len(order), size):
+        pool = [groups[j] for j in order[i:i + size]]
+        pools += sorted(pool, key=lambda group: sum(len(pairs[j].ids) for j in group))
+    flat = list(itertools.chain(*pools))
+    batches = [flat[i:i + batch_size] for i in range(0, len(flat), batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+class Batch(typing.NamedTuple):
+    """Some pairs as tensors. Where a token is learned is worked out on the CPU: to count such
+    places, a GPU would have to be waited for.
+    """
+    ids: torch.Tensor               # (B, T) tokens, padded behind
+    place: torch.Tensor             # (N,), in the flattened (B * T): where a token is predicted
+    label: torch.Tensor             # (N,), that token
+    look: torch.Tensor = None       # (B, T, T) bool, of a tree: who may look where
+    source: tuple = None            # of BART: its tokens (B, S), and which of them are real (B, S)
+
+    def to(self, device):
+        ids, place, label, look = (None if x is None else x.to(device, non_blocking=True)
+                                   for x in self[:4])
+        source = self.source and tuple(x.to(device, non_blocking=True) for x in self.source)
+        return Batch(ids, place, label, look, source)
+
+
+def padded(texts):
+    """Lists of tokens as ids (B, T), padded behind, and which of them are real, (B, T) bool."""
+    T = max(map(len, texts))
+    ids = torch.tensor([text + [0] * (T - len(text)) for text in texts])                    # (B, T)
+    return ids, torch.arange(T) < torch.tensor([[len(text)] for text in texts])             # (B, T)
+
+
+def collate(pairs, device):
+    """A `Batch` with a row for each pair. A token is predicted from the one before it, and the last
+    token of a row is only predicted: the model need not read it.
+    """
+    ids, _ = padded([p.ids[:-1] for p in pairs])                                            # (B, T)
+    place = [b * ids.size(1) + t - 1 for b, p in enumerate(pairs)
+             for t in range(p.start, len(p.ids))]
+    label = [token for p in pairs for token in p.ids[p.start:]]
+    return Batch(ids, torch.tensor(place), torch.tensor(label)).to(device)
 
 
 def collate_tree(rows, device):
-    """Rows of pairs (see `by_source`) as one sequence each: the source, then all its targets.
+    """A `Batch` of rows of pairs (see `by_source`), a sequence each: the source, then its targets.
 
                 source  target 1  target 2        A target sees the source and itself; to it the
         s1       1 0     0 0       0              other targets are not there. Its tokens get the
         s2       1 1     0 0       0              positions right behind the source, as the model
         t1 a     1 1     1 0       0              counts what a token sees.
         t1 b     1 1     1 1       0
-        t2 a     1 1     0 0       1              The last token of a target is only predicted.
-
-    Returns ids (B, T); look (B, T, T), who may look where; place (N,), in the flattened (B * T),
-    from where each token to be predicted is predicted; label (N,), these tokens.
+        t2 a     1 1     0 0       1              Both first tokens are predicted from s2.
     """
     T = max(row[0].start + sum(len(p.ids) - p.start - 1 for p in row) for row in rows)
     ids, branch, place, label = [], [], [], []
@@ -116,10 +111,51 @@ def collate_tree(rows, device):
             text, owner = text + target[:-1], owner + [n] * (len(target) - 1)
         ids.append(text + [0] * (T - len(text)))
         branch.append(owner + [-1] * (T - len(owner)))
-    ids, branch, place, label = (torch.tensor(numbers, device=device)
-                                 for numbers in (ids, branch, place, label))
+    ids, branch, place, label = map(torch.tensor, (ids, branch, place, label))
     seen = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])             # (B, T, T)
-    return ids, seen.tril(), place, label
+    return Batch(ids, place, label, seen.tril()).to(device)
+
+
+def batch_of(model, pairs, share=False):
+    """The `Batch` of `pairs` for this model; share: each source is read once for all its targets.
+
+    Of BART the rows are the targets, behind the token that every target begins with; the sources
+    are the encoder's.
+    """
+    device = model.wte.weight.device
+    if share:
+        return collate_tree(by_source(pairs, len(pairs)), device)
+    if model.architecture != "bart":
+        return collate(pairs, device)
+    begin = [model.config.decoder_start_token_id]
+    targets = collate([Pair(begin + p.ids[p.start:], 1) for p in pairs], "cpu")
+    return targets._replace(source=padded([p.ids[:p.start] for p in pairs])).to(device)
+
+
+def nats_of(logits, label):
+    """-log p summed over the tokens label (N,), from logits (N, V); -100 is no token."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))    # bf16 is too coarse
+    return F.cross_entropy(logits, label, reduction="sum")
+
+
+def target_nats(model, prefix, batch, attend=written_out):
+    """-log p(target | source) summed over the batch, in nats: the loss on targets and their end
+    only.
+
+    prefix: (L, 2, 1 or B, H, P, D), of BART `Places`. batch: a `Batch`. The padding stands behind
+    every real token, where the causal mask hides it already, so the decoder is told nothing of it.
+    """
+    ids, place, label, look, source = batch
+    if source is not None:
+        hidden = model(ids, prefix, attend=attend, memory=model.encode(*source, prefix, attend))
+    elif look is not None:
+        real = F.pad(look, (prefix.size(4), 0), value=True)                         # (B, T, P+T)
+        hidden = model(ids, prefix, real, attend=attend)                            # (B, T, C)
+    else:
+        hidden = model(ids, prefix, attend=attend)                                  # (B, T, C)
+    # Only the places where something is learned see the vocabulary head: the largest multiplication
+    # of a small GPT-2, and its largest activation.
+    return nats_of(model.head(hidden.flatten(0, 1)[place]), label)
 
 
 @torch.no_grad()
@@ -136,13 +172,8 @@ def dev_loss(model, learner, pairs, batch_size, attend=written_out):
         batch = [rows.pop(0)]
         while rows and sum(map(len, batch)) + len(rows[0]) <= batch_size:
             batch.append(rows.pop(0))
-        if tree:
-            ids, look, place, label = collate_tree(batch, prefix.device)
-            real = F.pad(look, (prefix.size(4), 0), value=True)                     # (B, T, P+T)
-            hidden = model(ids, prefix, real).flatten(0, 1)[place]                  # (N, C)
-            nats += nats_of(model.head(hidden), label).item()
-        else:
-            ids, learn, *source = batch_of(model, [pair for pair, in batch])
-            nats += target_nats(model, prefix, ids, learn, attend, *source).item()
-        tokens += sum(len(p.ids) - p.start for row in batch for p in row)
+        made = (collate_tree(batch, prefix.device) if tree else
+                batch_of(model, [pair for pair, in batch]))
+        nats += target_nats(model, prefix, made, attend).item()
+        tokens += sum(map(tokens_of, batch))
     return nats / tokens

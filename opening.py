@@ -89,8 +89,11 @@ def find_attention(name, model):
     return fused.attend
 
 
-def pack_weights(word, model):
-    """Do what --pack says: rearrange the weights of `model`, in place, for decoding on this CPU."""
+def pack_weights(word, model, learning=False):
+    """Do what --pack says: rearrange the weights of `model`, in place, for this CPU.
+
+    learning: for a prefix that learns in front of them; else for decoding.
+    """
     try:
         import packed                           # a side door
         reason = packed.possible(model)
@@ -100,7 +103,7 @@ def pack_weights(word, model):
         raise ValueError(f"got --pack yes, but {reason}; expected fp32 or bf16 on a CPU; leave it "
                          "out")
     if word != "no" and not reason:
-        packed.pack(model)
+        packed.pack(model, learning)
 
 
 def run_settings(directory):

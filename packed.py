@@ -1,10 +1,11 @@
 """A frozen model's weights in the order in which this CPU's matrix kernels want them (oneDNN).
 
-A decoding step multiplies few rows with every weight of the model, so it is the reading of the
-weights that takes the time. A matrix kernel first rearranges a weight into blocks that fit its
-registers, at every call; frozen weights can be rearranged once for all. The numbers are the same;
-they are added up in another order. Only for decoding on a CPU: there is no gradient.
-Called by sample.py, for --pack. Letters as in model.py.
+A matrix kernel first rearranges a weight into blocks that fit its registers, at every call; frozen
+weights can be rearranged once for all. The numbers are the same; they are added up in another
+order. Decoding gains most: a step multiplies few rows with every weight, so it is the reading of
+the weights that takes the time. In training the way back multiplies with the same weights
+transposed, which are laid out a second time; the weights themselves have no gradient.
+Only on a CPU. Called by sample.py and train.py, for --pack. Letters as in model.py.
 """
 import torch
 from torch import nn
@@ -27,19 +28,42 @@ def possible(model):
     return ""
 
 
-class Packed(nn.Module):
-    """x W^T + b with W in oneDNN's own layout; no gradient."""
+def multiply(x, weight, bias):
+    """x W^T + b, with W in oneDNN's own layout: x (..., in) -> (..., out)."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
-    def __init__(self, weight, bias):
+
+class WithGradient(torch.autograd.Function):
+    """`multiply`, and its gradient for x, which is the gradient behind it times W: (..., out) ->
+    (..., in). `back` is W^T in oneDNN's layout.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, back):
+        ctx.back = back
+        return multiply(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return multiply(grad.contiguous(), ctx.back, None), None, None, None
+
+
+class Packed(nn.Module):
+    """x W^T + b with a frozen W; learning: what stands before it may want a gradient."""
+
+    def __init__(self, weight, bias, learning=False):
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
-        self.bias = bias
+        weight, reorder = weight.detach(), torch.ops.mkldnn._reorder_linear_weight
+        self.weight, self.bias = reorder(weight, ROWS), bias
+        self.back = reorder(weight.t().contiguous(), ROWS) if learning else None
 
     def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        if self.back is None:
+            return multiply(x, self.weight, self.bias)
+        return WithGradient.apply(x, self.weight, self.bias, self.back)
 
 
-def pack(model):
+def pack(model, learning=False):
     """Replace every linear layer of `model`, and the head of a GPT-2, in place.
 
     The word embedding stays as it is beside the packed head, for words are looked up in it.
@@ -47,6 +71,7 @@ def pack(model):
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.Linear):
-                setattr(parent, name, Packed(layer.weight, layer.bias))
+                setattr(parent, name, Packed(layer.weight, layer.bias, learning))
     if isinstance(model, GPT2):
-        model.head = Packed(model.wte.weight, None).forward     # in the place of the method
+        # In the place of the method.
+        model.head = Packed(model.wte.weight, None, learning).forward

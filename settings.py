@@ -97,6 +97,14 @@ class Settings:
                               "has it, else fp32", choices=["auto", "fp32", "bf16", "fp64"])
     attention: str = flag("explicit", "fused: one kernel that reads the prefix without copying it; "
                                       "needs a CUDA GPU and triton", choices=["explicit", "fused"])
+    compile: bool = flag(False, "compile the step, once for each of few shapes; needs a C++ compiler, "
+                                "on a GPU triton, and minutes at the start")
+    gradient_checkpointing: bool = flag(False, "less memory, a third more work: compute each block "
+                                               "again on the way back")
+    share_source: bool = flag(False, "GPT-2: batches hold the targets of few sources, and read each "
+                                     "source once; another order of the data")
+    pack: str = flag("auto", "lay out the frozen weights for this CPU's kernels, which takes them "
+                             "twice; auto: where that works", choices=["auto", "yes", "no"])
     out: str = flag("", "directory of the run; left out: out/MODEL-DATA")
     resume: str = flag("", "directory of a run to go on with; its own settings are used")
     stop_at: int = flag(0, "stop after this step as Ctrl-C would, to be resumed; 0: at the end",
@@ -120,6 +128,9 @@ def resolve(settings):
                 raise ValueError(f"got --{field.name.replace('_', '-')} with --method "
                                  f"{settings.method}, which has no prefix; expected one of them; "
                                  "leave one out")
+    if settings.pack == "yes" and (settings.compile or settings.method != "prefix"):
+        raise ValueError("got --pack yes with --compile or with a --method that moves the weights; "
+                         "expected --pack alone; leave it out")
     if not settings.data:
         settings.data = "world-headlines" if settings.model == "tiny-bart" else "world"
     length_given = settings.steps or settings.epochs

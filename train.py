@@ -36,9 +36,9 @@ from tqdm import tqdm
 from beam import Rules
 from checkpoint import UNREADABLE, why
 from data import sequence, tasks
-from loss import batch_of, batches_of_epoch, dev_loss, target_nats
+from loss import batch_of, batches_of_epoch, dev_loss, target_nats, tokens_of
 from model import attend
-from opening import find_attention, name_of_dtype, open_model
+from opening import find_attention, name_of_dtype, open_model, pack_weights
 from plumbing import parse, whole_file
 from plumbing import run as run_program
 from prefix import Prefix, Prefixes, counts, keys_and_values, load_prefix, parts
@@ -123,26 +123,24 @@ def room_for(settings, model, learner):
 class Run:
     """Everything that changes while learning, and the directory that keeps it."""
 
-    def __init__(self, settings, model, learner, data="", attend=attend):
+    def __init__(self, settings, model, learner, data="", attend=attend, nats=target_nats):
         self.settings, self.model, self.learner = settings, model, learner
         self.data = data                            # a name for the very pairs it learns from
-        self.attend = attend                        # the function that --attention asks for
+        self.attend, self.nats = attend, nats       # what --attention and --compile ask for
         self.directory = Path(settings.out)
-        # Only the prefix is handed over: the optimiser could not touch the frozen model if it
-        # wanted to.
+        # Only what learns is handed over: the optimiser could not touch a frozen weight.
         self.optimizer = torch.optim.AdamW(learner.parameters(), lr=settings.lr, betas=(0.9, 0.999),
                                            eps=1e-8, weight_decay=settings.weight_decay)
         self.step, self.best, self.first = 0, inf, None    # steps done; dev losses
 
-    def begin(self):
-        """Create the directory and write down all settings."""
+    def begin(self, told):
+        """Create the directory and write down all settings, and what was told of the sizes."""
         commit = None
         if shutil.which("git"):
             commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
                                     capture_output=True, text=True).stdout.strip() or None
         about = {"settings": dataclasses.asdict(self.settings),
-                 "counts": counts(self.learner, self.model),
-                 "fingerprint": self.model.fingerprint, "commit": commit,
+                 "counts": told, "fingerprint": self.model.fingerprint, "commit": commit,
                  "versions": {"python": platform.python_version(), "torch": torch.__version__}}
         with whole_file(self.directory / "config.json", "w") as file:
             json.dump(about, file, indent=1)
@@ -189,16 +187,17 @@ class Run:
             return s.lr * (self.step + 1) / s.warmup
         return s.lr * (s.steps - self.step) / max(1, s.steps - s.warmup)
 
-    def update(self, ids, learn, source=None):
+    def update(self, pairs):
         """One step: the paper's equation 2 on one batch. Returns the batch's nats, a tensor."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
+        batch = batch_of(self.model, pairs, self.settings.share_source)
         prefix = self.learner().to(self.model.wte.weight.dtype)  # the MLP, once for the whole batch
-        nats = target_nats(self.model, prefix, ids, learn, self.attend, source)
+        nats = self.nats(self.model, prefix, batch, self.attend)
         # A prefix of GPT-2: summed over a target, averaged over the batch, as in the official code;
         # so long targets weigh more. BART and the baselines: the mean over tokens, as there.
-        whole = self.settings.method == "prefix" and source is None
-        (nats / (len(ids) if whole else learn.sum())).backward()
+        whole = self.settings.method == "prefix" and self.model.architecture != "bart"
+        (nats / (len(pairs) if whole else tokens_of(pairs))).backward()
         torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -230,8 +229,7 @@ class Run:
 
 @contextlib.contextmanager
 def stop_politely():
-    """Ctrl-C (or a cluster's SIGTERM) fills the list, so that the loop ends after the step it is
-    in.
+    """Ctrl-C (or a cluster's SIGTERM) fills the list: the loop ends after the step it is in.
 
     A second one ends the program at once.
     """
@@ -266,10 +264,10 @@ def learn(run, pairs, dev):
                 return False
             if epoch != run.step // per_epoch:
                 epoch = run.step // per_epoch
-                order = batches_of_epoch(pairs, s.batch_size, s.seed, epoch)
+                order = batches_of_epoch(pairs, s.batch_size, s.seed, epoch, s.share_source)
             batch = [pairs[i] for i in order[run.step % per_epoch]]
-            nats += run.update(*batch_of(run.model, batch))
-            targets += sum(len(p.ids) - p.start for p in batch)
+            nats += run.update(batch)
+            targets += tokens_of(batch)
             seen += sum(len(p.ids) for p in batch)
             bar.update()
             if run.step % 10 == 0 or run.step == s.steps:
@@ -314,15 +312,21 @@ def main(argv=None):
     room = room_for(settings, model, learner)
     pairs, dev = make_pairs(train_examples, dev_examples, settings, tokenizer, room)
     settings.steps = settings.steps or settings.epochs * math.ceil(len(pairs) / settings.batch_size)
-    print(f"{settings.model}: {counts(learner, model)}\n"
+    told, nats = counts(learner, model), target_nats
+    if settings.method == "prefix" and not settings.compile:
+        pack_weights(settings.pack, model, learning=True)
+    if settings.compile or settings.gradient_checkpointing or settings.share_source:
+        import step                             # a side door
+        nats = step.prepared(settings, model)
+    print(f"{settings.model}: {told}\n"
           f"{settings.data}: {len(pairs):,} pairs to learn from, {len(dev):,} dev pairs scored; "
           f"{settings.steps:,} steps of {settings.batch_size} -> {settings.out}")
     data = hashlib.sha256(repr([(p.ids, p.start) for p in pairs + dev]).encode()).hexdigest()
-    run = Run(settings, model, learner, data, attend)
+    run = Run(settings, model, learner, data, attend, nats)
     if settings.resume:
         run.restore()
     else:
-        run.begin()
+        run.begin(told)
     start = time.perf_counter()
     if not learn(run, pairs, dev):
         print(f"stopped after step {run.step}; go on with: python train.py --resume {settings.out}")

@@ -39,7 +39,7 @@ def test_only_the_prefixes_learn(bart):
     run = some_run(bart, weight_decay=0.1)
     theta = {name: tensor.clone() for name, tensor in run.learner.named_parameters()}
     for _ in range(3):
-        run.update(*batch_of(bart, some_pairs(4)))
+        run.update(some_pairs(4))
     for name, tensor in bart.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert all(p.grad is None and not p.requires_grad for p in bart.parameters())
@@ -57,9 +57,9 @@ def test_the_loss_is_that_of_the_target_its_first_token_and_its_end(bart):
         memory = bart.encode(torch.tensor([source]), prefix=prefix)
         logits = bart.head(bart(torch.tensor([[2, *target[:-1]]]), prefix, memory=memory))[0]
         expected -= F.log_softmax(logits, -1)[range(len(target)), target].sum()
-    ids, learn, source = batch_of(bart, pairs)
-    assert learn.sum() == sum(len(pair.ids) - pair.start for pair in pairs)
-    got = target_nats(bart, prefix, ids, learn, source=source)
+    batch = batch_of(bart, pairs)
+    assert len(batch.label) == sum(len(pair.ids) - pair.start for pair in pairs)
+    got = target_nats(bart, prefix, batch)
     assert torch.allclose(got, expected, rtol=1e-12)
     tokens = sum(len(pair.ids) - pair.start for pair in pairs)
     mean = dev_loss(bart, some_prefixes(bart), pairs, 2)
@@ -71,11 +71,10 @@ def test_every_token_of_a_batch_weighs_the_same(bart):
     run, pairs, seen = some_run(bart, clip=1e9), some_pairs(4), []
     learner = some_prefixes(bart)
     tokens = sum(len(pair.ids) - pair.start for pair in pairs)
-    ids, learn, source = batch_of(bart, pairs)
-    (target_nats(bart, learner(), ids, learn, source=source) / tokens).backward()
+    (target_nats(bart, learner(), batch_of(bart, pairs)) / tokens).backward()
     run.optimizer.register_step_pre_hook(
         lambda *_: seen.append(run.learner["cross"].table.grad.clone()))
-    run.update(ids, learn, source)
+    run.update(pairs)
     assert torch.allclose(seen[0], learner["cross"].table.grad, rtol=1e-10)
 
 
@@ -88,12 +87,12 @@ def test_nothing_is_kept_that_only_a_weight_gradient_needs(bart):
     for layer in bart.modules():
         if isinstance(layer, torch.nn.Linear):
             layer.register_forward_pre_hook(lambda layer, args: inputs.append(args[0]))
-    prefix, (ids, learn, source) = some_prefixes(bart), batch_of(bart, some_pairs())
+    prefix, batch = some_prefixes(bart), batch_of(bart, some_pairs())
     for learns in (False, True):    # True is the control
         bart.requires_grad_(learns)
         inputs.clear(), saved.clear()
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-            target_nats(bart, prefix(), ids, learn, source=source)
+            target_nats(bart, prefix(), batch)
         kept = {t.data_ptr() for t in saved}
         assert any(t.data_ptr() in kept for t in inputs) == learns
     bart.requires_grad_(False)

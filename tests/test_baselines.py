@@ -30,7 +30,7 @@ def test_fine_tuning_moves_every_weight_and_the_top_only_its_own():
                        (2, lambda name: name.startswith(("h.1.", "h.2.")))):
         run = tuned_run(top)
         before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-        run.update(*collate(some_pairs(4), "cpu"))
+        run.update(some_pairs(4))
         for name, tensor in run.model.state_dict().items():
             assert torch.equal(tensor, before[name]) != moves(name), name
 
@@ -52,10 +52,10 @@ def test_a_baselines_loss_is_the_mean_over_tokens():
     run, pairs, norms = tuned_run(clip=1e9), some_pairs(4), []
     copy = random_gpt2().requires_grad_(True)
     tokens = sum(len(pair.ids) - pair.start for pair in pairs)
-    (target_nats(copy, copy.no_prefix(), *collate(pairs, "cpu")) / tokens).backward()
+    (target_nats(copy, copy.no_prefix(), collate(pairs, "cpu")) / tokens).backward()
     run.optimizer.register_step_pre_hook(lambda *_: norms.append(
         run.model.h[0].mlp.c_fc.weight.grad.clone()))
-    run.update(*collate(pairs, "cpu"))
+    run.update(pairs)
     assert torch.allclose(norms[0], copy.h[0].mlp.c_fc.weight.grad, rtol=1e-9)
 
 

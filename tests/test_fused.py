@@ -151,7 +151,7 @@ def test_a_model_with_fused_attention_is_that_model():
     for form, dtype in ((fused.attend, torch.float32), (attend, torch.float64)):
         prefix = start.to(DEVICE, dtype).requires_grad_()
         batch = collate(pairs, DEVICE)
-        loss = target_nats(random_gpt2().to(DEVICE, dtype), prefix, *batch, form)
+        loss = target_nats(random_gpt2().to(DEVICE, dtype), prefix, batch, form)
         gradients.append(torch.autograd.grad(loss, prefix)[0].double())
     error = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
     assert error < 1e-4                 # fp32 through 3 layers with weights of order 1

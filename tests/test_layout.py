@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "opening": {"plumbing", "model", "checkpoint", "prefix", "data"},
     "settings": {"plumbing", "opening", "data"},
     "loss": {"model", "data"},
+    "step": {"model", "loss"},
     "reader": {"model"},
     "baselines": {"checkpoint"},
     "claims": {"plumbing", "data", "opening", "beam", "sample"},
@@ -39,7 +40,7 @@ MAY_IMPORT = {
     "denoise": {"model", "data", "loss"},
 }
 # Imports inside a function: a side door that is opened where it is needed.
-MAY_IMPORT_LATE = {"opening": {"convert", "fused", "packed"}, "train": {"baselines"},
+MAY_IMPORT_LATE = {"opening": {"convert", "fused", "packed"}, "train": {"baselines", "step"},
                    "convert": {"peft_format"}, "pretrain": {"denoise"}}
 PACKAGES = {"torch", "numpy", "tiktoken", "tqdm"}
 

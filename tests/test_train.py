@@ -44,7 +44,7 @@ def test_only_the_prefix_learns(model):
     run = some_run(model, weight_decay=0.1)
     theta = {name: tensor.clone() for name, tensor in run.learner.named_parameters()}
     for _ in range(5):
-        run.update(*collate(some_pairs(4), "cpu"))
+        run.update(some_pairs(4))
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert not any(p.requires_grad for p in model.parameters())
@@ -68,7 +68,7 @@ def test_the_gradient_of_the_prefix_is_the_slope_of_the_loss():
 
     def loss(*theta):
         kv = torch.func.functional_call(prefix, dict(zip(names, theta)))
-        return target_nats(model, kv, *collate(pairs, "cpu"))
+        return target_nats(model, kv, collate(pairs, "cpu"))
 
     assert torch.autograd.gradcheck(loss, theta)            # its own tolerances: 1e-6 and 1e-3
 
@@ -99,16 +99,16 @@ def test_nothing_is_kept_that_only_a_weight_gradient_needs(model):
     Would catch: activations stored for weights that do not learn.
     """
     prefix, batch = Prefix(model.config, 5, 16).double(), collate(some_pairs(4), "cpu")
-    assert saved_for_backward(model, lambda: target_nats(model, prefix(), *batch)) == set()
+    assert saved_for_backward(model, lambda: target_nats(model, prefix(), batch)) == set()
     model.requires_grad_(True)      # the control: fine-tuning keeps all 12 inputs, and the head's
-    assert len(saved_for_backward(model, lambda: target_nats(model, prefix(), *batch))) == 13
+    assert len(saved_for_backward(model, lambda: target_nats(model, prefix(), batch))) == 13
 
 
 def test_the_mlp_runs_once_per_step(model):
     """Would catch: a prefix computed for every row of the batch, as other implementations do."""
     run, shapes = some_run(model), []
     run.learner.mlp.register_forward_hook(lambda mlp, args, out: shapes.append(tuple(out.shape)))
-    run.update(*collate(some_pairs(4), "cpu"))
+    run.update(some_pairs(4))
     assert shapes == [(5, 2 * 3 * 24)]
 
 
@@ -120,7 +120,7 @@ def test_the_loss_is_that_of_the_target_and_its_end(model):
     for pair in pairs:
         logp = F.log_softmax(model.head(model(torch.tensor([pair.ids]), prefix)), -1)[0]
         expected -= sum(logp[t - 1, pair.ids[t]] for t in range(pair.start, len(pair.ids)))
-    assert torch.allclose(target_nats(model, prefix, *collate(pairs, "cpu")), expected, rtol=1e-12)
+    assert torch.allclose(target_nats(model, prefix, collate(pairs, "cpu")), expected, rtol=1e-12)
 
 
 def test_long_targets_weigh_more(model):
@@ -128,17 +128,17 @@ def test_long_targets_weigh_more(model):
     pairs, run = some_pairs(4), some_run(model, clip=1e9, mid_dim=0)
     table = run.learner.table.detach().clone().requires_grad_()
     kv = torch.func.functional_call(run.learner, {"table": table}, ())
-    expected, = torch.autograd.grad(target_nats(model, kv, *collate(pairs, "cpu")) / 4, table)
+    expected, = torch.autograd.grad(target_nats(model, kv, collate(pairs, "cpu")) / 4, table)
     seen = []
     run.learner.table.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
-    run.update(*collate(pairs, "cpu"))
+    run.update(pairs)
     assert torch.allclose(seen[0], expected, rtol=1e-10)
 
 
 def test_the_dev_loss_is_the_mean_over_all_target_tokens(model):
     """Would catch: a mean of means, or pairs that are left out at the end of a batch."""
     pairs, prefix = some_pairs(11), Prefix(model.config, 5, 16).double()
-    nats = sum(target_nats(model, prefix(), *collate([pair], "cpu")).item() for pair in pairs)
+    nats = sum(target_nats(model, prefix(), collate([pair], "cpu")).item() for pair in pairs)
     tokens = sum(len(pair.ids) - pair.start for pair in pairs)
     assert dev_loss(model, prefix, pairs, 4) == pytest.approx(nats / tokens, rel=1e-12)
 
@@ -154,7 +154,7 @@ def test_a_source_read_once_for_all_its_targets_is_read_alone_for_each(model):
     prefix, calls = Prefix(model.config, 5, 16).double(), []
     model.register_forward_pre_hook(lambda model, args: calls.append(tuple(args[0].shape)))
     for most in (6, 4, 2, 1):
-        alone = sum(target_nats(model, prefix(), *collate([p], "cpu")).item() for p in pairs)
+        alone = sum(target_nats(model, prefix(), collate([p], "cpu")).item() for p in pairs)
         calls.clear()
         shared = dev_loss(model, prefix, pairs, most)
         assert shared == pytest.approx(alone / 14, rel=1e-12)
@@ -167,7 +167,7 @@ def test_a_long_gradient_is_cut_to_its_length(model):
     run, norms = some_run(model, clip=0.5), []
     run.optimizer.register_step_pre_hook(lambda *_: norms.append(torch.stack(
         [p.grad.norm() for p in run.learner.parameters()]).norm().item()))
-    run.update(*collate(some_pairs(4), "cpu"))
+    run.update(some_pairs(4))
     assert norms == [pytest.approx(0.5, rel=1e-5)]      # clip_grad_norm_ divides by norm + 1e-6
 
 
@@ -219,7 +219,7 @@ def test_frozen_weights_may_be_bf16_while_the_prefix_is_fp32(model):
     run = some_run(model.bfloat16(), lr=1e-5, steps=1000)
     run.learner.float()
     before = run.learner.table.detach().clone()
-    loss = [run.update(*collate(some_pairs(4), "cpu")).item() for _ in range(3)]
+    loss = [run.update(some_pairs(4)).item() for _ in range(3)]
     assert all(math.isfinite(x) for x in loss)
     assert all(p.dtype == torch.float32 for p in run.learner.parameters())
     moved = (run.learner.table - before).abs()
@@ -340,7 +340,7 @@ def test_a_prefix_that_gets_worse_is_not_kept(task, tmp_path):
     settings = Settings(**run_settings("run"))
     _, pairs = train.make_pairs(*train.load_examples(settings), settings, tokenizer, 59)
     prefix = load_prefix("run/prefix.pt", model)
-    nats = sum(target_nats(model, prefix, *collate([pair], "cpu")).item() for pair in pairs)
+    nats = sum(target_nats(model, prefix, collate([pair], "cpu")).item() for pair in pairs)
     kept = nats / sum(len(pair.ids) - pair.start for pair in pairs)
     assert kept == pytest.approx(min(dev), rel=1e-5)    # fp32, other batches
 

@@ -1,0 +1,242 @@
+"""The other ways to take a step take the same step: compiled, with less memory, sources shared."""
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import random_bart, random_gpt2
+from test_bart_train import some_pairs as bart_pairs
+from test_bart_train import some_prefixes
+from torch.profiler import ProfilerActivity, profile
+
+import train
+from data.sequence import Pair
+from loss import batch_of, batches_of_epoch, by_source, target_nats
+from prefix import Prefix
+from train import Run, Settings
+
+step = pytest.importorskip("step", reason="step.py, a side door, is not here")
+
+
+def shared_pairs():
+    """14 pairs of 5 sources, mixed; one source begins as another does, two have one target only."""
+    torch.manual_seed(4)
+    counts = {(5, 6, 7): 6, (5, 6): 3, (9, 8, 7, 6, 5): 3, (11,): 1, (12, 13): 1}
+    pairs = [Pair([*source, *torch.randint(257, (1 + i % 5,)).tolist()], len(source))
+             for source, n in counts.items() for i in range(n)]
+    return [pairs[i] for i in torch.randperm(len(pairs)).tolist()]
+
+
+def gradients(model, learner, batch, nats=target_nats):
+    """The loss, and the gradients of everything that learns."""
+    theta = list(learner.parameters())
+    loss = nats(model, learner(), batch)
+    return [loss.detach(), *torch.autograd.grad(loss, theta)]
+
+
+def some_learner(model, mid_dim=16):
+    torch.manual_seed(3)
+    return Prefix(model.config, 5, mid_dim).to(model.wte.weight.dtype)
+
+
+# ---- less memory
+
+@pytest.mark.parametrize("mid_dim", [16, 0], ids=["MLP", "no MLP"])
+@pytest.mark.parametrize("kind", ["gpt2", "bart"])
+def test_what_is_computed_twice_is_the_same(kind, mid_dim):
+    """Would catch: a prefix whose gradient is lost on the way through a block that is computed
+    again, or comes twice; a block that sees another mask the second time.
+    """
+    model = random_gpt2() if kind == "gpt2" else random_bart()
+    learner = some_learner(model, mid_dim) if kind == "gpt2" else some_prefixes(model, mid_dim)
+    batch = batch_of(model, shared_pairs() if kind == "gpt2" else bart_pairs())
+    wanted = gradients(model, learner, batch)
+    step.checkpoint_blocks(model)
+    for got, want in zip(gradients(model, learner, batch), wanted, strict=True):
+        assert torch.allclose(got, want, rtol=1e-12, atol=1e-12 * want.abs().max())
+
+
+def kept(make):
+    """The bytes that are still held when `make()` is done and its result is alive."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        result = make()
+    assert result is not None
+    return sum(event.self_cpu_memory_usage for event in seen.events())
+
+
+def layers_cost(batch, prepare):
+    """The bytes that each further layer of a GPT-2 keeps from the way there for the way back."""
+    bytes_of = []
+    for layers in (2, 3):
+        model = random_gpt2(n_layer=layers)
+        learner = some_learner(model, 0)
+        prepare(model)
+        prefix = learner()
+        gradients(model, learner, batch)            # what is made once and kept is made here
+        bytes_of.append(kept(lambda: target_nats(model, prefix, batch)))
+    return bytes_of[1] - bytes_of[0]
+
+
+def test_a_further_layer_keeps_one_hidden_state():
+    """Would catch: checkpointing that is asked for and keeps all the same; for GPT-2 without it, a
+    layer keeps more than ten times as much.
+    """
+    batch = batch_of(random_gpt2(), shared_pairs())
+    B, T = batch.ids.shape
+    hidden = B * T * 24 * 8                         # (B, T, C) in float64
+    assert hidden <= layers_cost(batch, step.checkpoint_blocks) < hidden + 64       # bookkeeping
+    assert layers_cost(batch, lambda model: None) > 10 * hidden
+
+
+# ---- a source read once for all its targets
+
+def test_pairs_that_share_a_source_have_the_gradient_they_have_alone(model):
+    """Would catch: a target that sees another, a source counted once where it has six targets, a
+    mean over rows in place of pairs.
+    """
+    learner, pairs = some_learner(model), shared_pairs()
+    alone = gradients(model, learner, batch_of(model, pairs))
+    batch = batch_of(model, pairs, share=True)
+    assert len(batch.ids) == 5 and batch.ids.numel() < 0.8 * batch_of(model, pairs).ids.numel()
+    for got, want in zip(gradients(model, learner, batch), alone, strict=True):
+        assert torch.allclose(got, want, rtol=1e-10, atol=1e-10 * want.abs().max())
+    thetas = []
+    for share in (False, True):         # and the whole step: batch size counts pairs, not rows
+        run = Run(Settings(lr=1e-2, steps=10, out="unused", share_source=share), model,
+                  some_learner(model))
+        run.update(pairs)
+        thetas.append(run.learner.table.detach())
+    assert torch.allclose(*thetas, rtol=1e-8)
+
+
+def test_a_shared_epoch_sees_every_pair_once_and_keeps_sources_together():
+    """Would catch: pairs lost or seen twice, batches of another size (the number of steps of an
+    epoch would be wrong), sources torn apart, an order that is not a function of seed and epoch.
+    """
+    rng = torch.Generator().manual_seed(1)
+    pairs = [Pair([n, *range(n % 7), 0], 1 + n % 7)
+             for n in range(300) for _ in range(1 + int(torch.randint(8, (1,), generator=rng)))]
+    pairs = [pairs[i] for i in torch.randperm(len(pairs), generator=rng).tolist()]
+    epochs = [batches_of_epoch(pairs, 10, 1, epoch, share=True) for epoch in (0, 1)]
+    for batches in epochs:
+        assert sorted(i for batch in batches for i in batch) == list(range(len(pairs)))
+        assert len(batches) == -(-len(pairs) // 10)
+        assert sorted(map(len, batches))[1:] == [10] * (len(batches) - 1)
+        rows = sum(len(by_source([pairs[i] for i in batch], 10)) for batch in batches)
+        assert rows <= 300 + len(batches)           # each batch tears one source at most
+    assert epochs[0] != epochs[1]
+    assert epochs[0] == batches_of_epoch(pairs, 10, 1, 0, share=True)
+
+
+# ---- compiled
+
+def test_a_batch_of_a_fixed_shape_has_the_same_loss_and_gradient():
+    """Would catch: places that point into the wrong row once rows are longer, padding that is
+    learned from, a row too many that is counted.
+    """
+    for model, learner, pairs in ((random_gpt2(), some_learner(random_gpt2()), shared_pairs()),
+                                  (random_bart(), some_prefixes(random_bart()), bart_pairs())):
+        batch = batch_of(model, pairs)
+        same = step.fixed(batch, 16, 62)
+        assert same.ids.shape == (16, 16) and len(same.place) == len(same.label) == 128
+        assert step.fixed(batch, 16, 13).ids.shape == (16, 13)          # not longer than possible
+        for got, want in zip(gradients(model, learner, same), gradients(model, learner, batch),
+                             strict=True):
+            assert torch.allclose(got, want, rtol=1e-10, atol=1e-10 * want.abs().max())
+
+
+@pytest.fixture
+def compiler():
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("there is no C++ compiler, which --compile needs")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bart"])
+def test_the_compiled_step_is_the_step(kind, compiler):
+    """Loss and what is learned, to the rounding of fp32; a compilation for each shape, no more.
+
+    Would catch: a step compiled anew for each batch, or one that learns something else.
+    """
+    if kind == "gpt2":
+        model, learner = random_gpt2(n_layer=1).float(), some_learner
+        pairs, shapes = [*shared_pairs(), Pair(list(range(20)), 15)], {(5, 16, 40), (5, 32, 40)}
+    else:
+        model, pairs = random_bart(encoder_layers=1, decoder_layers=1).float(), bart_pairs(15)
+        learner, shapes = (lambda bart: some_prefixes(bart).float()), {(5, 16, 40, 16)}
+    batches, runs = [pairs[i:i + 4] for i in (0, 4, 8, 12)], []     # the last one is of 3 pairs
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        settings = Settings(lr=1e-2, steps=10, batch_size=5, out="unused", compile=compiled)
+        nats = step.prepared(settings, model)
+        runs.append(Run(settings, model, learner(model), nats=nats))
+        if not compiled:
+            plain = [runs[-1].update(batch).item() for batch in batches]
+    losses = [runs[-1].update(batch).item() for batch in batches]
+    assert losses == pytest.approx(plain, rel=1e-5)             # fp32, added in another order
+    assert nats.shapes == shapes
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 1 + len(shapes)                            # 1: the trial
+    for a, b in zip(*(run.learner.parameters() for run in runs), strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)       # AdamW divides by tiny gradients
+
+
+def test_a_missing_compiler_is_told(monkeypatch):
+    """Would catch: a traceback from deep inside PyTorch, minutes after the start."""
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "nowhere"))
+    with pytest.raises(ValueError, match="got --compile, but nothing can be compiled here .*nowhere"
+                                         ".*expected a C.. compiler.*leave it out"):
+        step.Compiled(4, torch.device("cpu"))
+
+
+# ---- as flags of train.py
+
+@pytest.fixture
+def task(tmp_path, monkeypatch, model_directory):
+    """Arguments of a small run on ten sources with four targets each, in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"source": f"n : {i}", "target": [f"{word} {i}" for word in "abcd"]})
+             for i in range(10)]
+    (tmp_path / "tiny.jsonl").write_text("\n".join(lines))
+    return ["--model", str(model_directory), "--data", "tiny.jsonl", "--device", "cpu", "--lr",
+            "1e-2", "--steps", "10", "--batch-size", "5", "--dev-every", "2", "--mid-dim", "16"]
+
+
+def log_of(run):
+    """The losses that a run has written, in order."""
+    lines = [json.loads(line) for line in open(f"{run}/log.jsonl", encoding="utf-8")]
+    return [line.get("loss", line.get("dev_loss")) for line in lines]
+
+
+def test_a_resumed_run_shares_the_same_sources(task):
+    """Would catch: flags that are lost, another order of the data after resuming."""
+    flags = ["--share-source", "--gradient-checkpointing"]
+    train.main([*task, *flags, "--out", "whole"])
+    train.main([*task, *flags, "--out", "parts", "--stop-at", "5"])
+    train.main(["--resume", "parts"])
+    train.main([*task, "--out", "unshared"])
+    assert log_of("whole")[:-2] == log_of("parts")[:-2]     # the last mean is over fewer steps
+    assert log_of("whole")[-1] == log_of("parts")[-1]
+    assert log_of("unshared")[0] == log_of("whole")[0] and log_of("unshared") != log_of("whole")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--share-source", "--compile"], "got --compile with --share-source"),
+    (["--gradient-checkpointing", "--compile"], "got --compile with .*--gradient-checkpointing"),
+])
+def test_what_does_not_go_together_is_told(task, flags, words):
+    """Would catch: a flag that is dropped without a word."""
+    with pytest.raises(ValueError, match=f"{words}.*; expected.*; leave"):
+        train.main([*task, *flags])
+
+
+def test_what_a_model_or_a_kernel_cannot_share_is_told(model, bart):
+    """BART reads sources apart anyway, and the kernel knows no tree. Would catch: a traceback from
+    the middle of a step.
+    """
+    with pytest.raises(ValueError, match="got --share-source with a BART; expected a GPT-2"):
+        step.prepared(Settings(share_source=True), bart)
+    for flag in ("share_source", "compile"):
+        with pytest.raises(ValueError, match="got --attention fused with --share-source or"):
+            step.prepared(Settings(attention="fused", **{flag: True}), model)

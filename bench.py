@@ -59,6 +59,7 @@ class Settings:
     rounds: int = flag(0, "turns that each form takes; 0: 50 on a GPU, 5 on a CPU")
     data_dir: str = flag("", "train and dev take E2E's texts from here; left out: lengths like "
                              "E2E's are drawn")
+    compile: bool = flag(False, "train: our step compiled, too; takes minutes more")
     out: str = flag("", "write the figures here too, as JSON lines")
 
 
@@ -260,7 +261,7 @@ def decode(device, dtype, rounds):
 def main(argv=None):
     settings = parse(Settings, argv, "Measure speed beside the alternatives.", "what")
     measures = {"attention": attention, "decode": decode,
-                "train": partial(train, data_dir=settings.data_dir),
+                "train": partial(train, data_dir=settings.data_dir, compiled=settings.compile),
                 "dev": partial(dev, data_dir=settings.data_dir)}
     if settings.what not in measures:
         raise ValueError(f"got {settings.what!r}; expected what to measure: {', '.join(measures)}; "

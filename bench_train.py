@@ -15,19 +15,21 @@ import statistics
 import time
 import typing
 from functools import cache, partial
-from itertools import chain
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+import loss
+import packed
 from data import sequence, tasks
 from data.tokenizer import base_tokenizer
-from loss import batches_of_epoch, by_source, collate, collate_tree, dev_loss, nats_of, target_nats
+from loss import batch_of, batches_of_epoch, by_source, dev_loss, target_nats, tokens_of
 from model import GPT2Config, attend
 from prefix import Prefix
 from rivals import peft_model, random_model
+from step import Compiled, checkpoint_blocks
 
 P = 10
 SIZES = {"cpu": GPT2Config(), "cuda": GPT2Config(n_embd=1024, n_layer=24, n_head=16)}  # medium
@@ -38,7 +40,7 @@ CASES = {  # pairs in a batch, batches that are timed, lengths; None: E2E's own,
              "5 pairs": (5, 4, None)},                          # the paper's batches: 10 and 5
 }
 TABLES = {"train": 300, "dev": 15}  # sources that are used, with all their references
-SHARED, LIMIT = "ours, source shared", "multiplications alone"
+LIMIT = "multiplications alone"
 
 
 # ---- what there is to learn from
@@ -69,25 +71,25 @@ def some_pairs(split, config, data_dir):
 
 class Batch(typing.NamedTuple):
     """What all forms learn from, made before the clock starts."""
-    ids: torch.Tensor           # (B, T), padded behind, as train.py pads
-    learn: torch.Tensor         # (B, T) bool, the tokens that the loss is taken on
+    plain: loss.Batch           # as train.py has it
+    tree: loss.Batch            # the same pairs with each source once, as for --share-source
+    ids: torch.Tensor           # (B, T), padded behind, as peft wants it
     real: torch.Tensor          # (B, T), 1 at a token and 0 at padding: peft wants to be told
-    labels: torch.Tensor        # (B, T), the same tokens, -100 where there is no loss: peft's way
-    tree: tuple                 # the same pairs with each source once, see loss.collate_tree
+    labels: torch.Tensor        # (B, T), the tokens again, -100 where there is no loss: peft's way
     tokens: int                 # real tokens of all pairs
     read: int                   # of these, all but the last of each pair, which nothing follows
     once: int                   # of these, with each source counted once
     targets: int                # tokens that the loss is taken on
 
 
-def make_batch(pairs, device):
-    ids, learn = collate(pairs, device)
-    length = torch.tensor([[len(pair.ids)] for pair in pairs], device=device)           # (B, 1)
-    real = (torch.arange(ids.size(1), device=device) < length).long()                   # (B, T)
-    rows = by_source(pairs, len(pairs))
-    tokens, targets = sum(len(p.ids) for p in pairs), sum(len(p.ids) - p.start for p in pairs)
-    once = targets - len(pairs) + sum(row[0].start for row in rows)
-    return Batch(ids, learn, real, ids.masked_fill(~learn, -100), collate_tree(rows, device),
+def make_batch(pairs, model):
+    ids, real = loss.padded([pair.ids for pair in pairs])                       # (B, T) each
+    start = torch.tensor([[pair.start] for pair in pairs])                      # (B, 1)
+    labels = ids.masked_fill(~real | (torch.arange(ids.size(1)) < start), -100)             # (B, T)
+    ids, real, labels = (x.to(model.wte.weight.device) for x in (ids, real.long(), labels))
+    tokens, targets = sum(len(pair.ids) for pair in pairs), tokens_of(pairs)
+    once = targets - len(pairs) + sum(row[0].start for row in by_source(pairs, len(pairs)))
+    return Batch(batch_of(model, pairs), batch_of(model, pairs, share=True), ids, real, labels,
                  tokens, tokens - len(pairs), once, targets)
 
 
@@ -97,15 +99,15 @@ def spread(batches, count):
     return [batches[(2 * i + 1) * len(batches) // (2 * count)] for i in range(count)]
 
 
-def kinds_of_batches(pairs, size, count, device):
+def kinds_of_batches(pairs, size, count, model):
     """{kind: Batches}. alike: pairs of similar lengths, as train.py has them. random: drawn from
-    all, as loops mostly have them. tables: those of a source stand together, until a batch is full.
+    all, as loops mostly have them. tables: those of a source together, as for --share-source.
     """
-    rng, grouped = random.Random(0), list(chain(*by_source(pairs, size)))
-    tables = [grouped[i:i + size] for i in range(0, len(grouped), size)]
-    alike = [[pairs[i] for i in batch] for batch in batches_of_epoch(pairs, size, 0, 0)]
+    rng = random.Random(0)
+    alike, tables = ([[pairs[i] for i in batch] for batch in batches_of_epoch(
+        pairs, size, 0, 0, share)] for share in (False, True))
     found = {"alike": alike, "random": [rng.sample(pairs, size) for _ in alike], "tables": tables}
-    return {kind: [make_batch(batch, device) for batch in
+    return {kind: [make_batch(batch, model) for batch in
                    spread([batch for batch in batches if len(batch) == size], count)]
             for kind, batches in found.items()}
 
@@ -120,27 +122,14 @@ class Form(typing.NamedTuple):
     kind: str = "alike"         # the batches it learns from, see `kinds_of_batches`
 
 
-def ours(name, model, start, attend=attend):
+def ours(name, model, start, attend=attend, nats=target_nats, share=False):
     """As train.py does it: fp32 keys and values, cast to the frozen model's dtype."""
     learner = copy.deepcopy(start)
 
-    def loss(batch):
+    def mean(batch):
         prefix = learner().to(model.wte.weight.dtype)                   # (L, 2, 1, H, P, D)
-        return target_nats(model, prefix, batch.ids, batch.learn, attend) / batch.targets
-    return Form(name, loss, learner.table)
-
-
-def shared(name, model, start):
-    """Each source once for all its targets, by the mask of a tree."""
-    learner = copy.deepcopy(start)
-
-    def loss(batch):
-        prefix = learner().to(model.wte.weight.dtype)                   # (L, 2, 1, H, P, D)
-        ids, look, place, label = batch.tree
-        real = F.pad(look, (prefix.size(4), 0), value=True)             # (B, T, P+T)
-        hidden = model(ids, prefix, real).flatten(0, 1)[place]          # (N, C)
-        return nats_of(model.head(hidden), label) / batch.targets
-    return Form(name, loss, learner.table, "tables")
+        return nats(model, prefix, batch.tree if share else batch.plain, attend) / batch.targets
+    return Form(name, mean, learner.table, "tables" if share else "alike")
 
 
 def theirs(name, model, start, attention, autocast=False):
@@ -148,19 +137,35 @@ def theirs(name, model, start, attention, autocast=False):
     rival = peft_model(model, start.fold(), attention)
     learns = rival.prompt_encoder.default.embedding.weight.requires_grad_()
 
-    def loss(batch):
+    def mean(batch):
         with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=autocast):
             return rival(input_ids=batch.ids, attention_mask=batch.real, labels=batch.labels).loss
-    return Form(name, loss, learns)
+    return Form(name, mean, learns)
 
 
-def all_forms(model, frozen, start):
+def laid_out(frozen):
+    """The very same weights as train.py lays them out here: on a CPU packed."""
+    model = copy.deepcopy(frozen, {id(weight): weight for weight in frozen.parameters()})
+    if not packed.possible(model):
+        packed.pack(model, learning=True)
+    return model
+
+
+def all_forms(model, frozen, fast, start, size, compiled):
     """The Forms for a dtype of the frozen weights. Another one is another line here.
 
-    model: in fp32; frozen: the same in that dtype. start: the prefix that all begin with.
+    model: in fp32; frozen: the same in that dtype; fast: that one as `laid_out`. start: the prefix
+    that all begin with. size: pairs in a batch. compiled: with a compiled form.
     """
-    found = [ours("ours", frozen, start), shared(SHARED, frozen, start)]
-    if frozen.wte.weight.device.type == "cuda":
+    device, small = frozen.wte.weight.device, laid_out(frozen)
+    checkpoint_blocks(small)
+    found = [ours("ours", fast, start), ours("ours, source shared", fast, start, share=True),
+             ours("ours, checkpointed", small, start)]
+    if not packed.possible(frozen):
+        found.append(ours("ours, not packed", frozen, start))
+    if compiled:
+        found.append(ours("ours, compiled", frozen, start, nats=Compiled(size, device)))
+    if device.type == "cuda":
         import fused                            # needs triton
         found.append(ours("ours, fused attention", frozen, start, fused.attend))
     found += [theirs(f"peft, {name}", frozen, start, name) for name in ("sdpa", "eager")]
@@ -246,23 +251,31 @@ def multiplications(model):
     """A function of a batch that does what `useful` counts, by the model's own weights, and nothing
     else: what is left when attention, layer norms, GELU, softmax, memory and Python cost nothing.
     """
-    weights = [layer.weight for block in model.h for layer in (
-        block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)]
+    C, like = model.config.n_embd, model.wte.weight
+    layers = [layer for block in model.h for layer in (
+        (block.attn.c_attn, C, 3 * C), (block.attn.c_proj, C, C),
+        (block.mlp.c_fc, C, 4 * C), (block.mlp.c_proj, 4 * C, C))]
 
-    @cache                            # buffers that are there already: no page is new
+    @cache                                      # buffers that are there already: no page is new
     def rows(number, width, use):
-        return torch.randn(number, width, device=weights[0].device).to(weights[0])
+        return torch.randn(number, width, device=like.device).to(like)
+
+    def there_and_back(N, layer, inside, outside, back=True):
+        if isinstance(layer, packed.Packed):
+            packed.multiply(rows(N, inside, "in"), layer.weight, None)          # (N, out)
+            if back:
+                packed.multiply(rows(N, outside, "in"), layer.back, None)       # (N, in)
+            return
+        torch.mm(rows(N, inside, "in"), layer.weight.T, out=rows(N, outside, "out"))
+        if back:
+            torch.mm(rows(N, outside, "in"), layer.weight, out=rows(N, inside, "out"))
 
     def once(batch):
-        N = batch.read
-        for weight in weights:                                                  # (out, in)
-            outside, inside = weight.shape
-            y = torch.mm(rows(N, inside, "in"), weight.T, out=rows(N, outside, "out"))
-            if weight is not weights[0]:
-                torch.mm(y, weight, out=rows(N, inside, "gradient"))            # (N, in)
-        words, N = model.wte.weight, batch.targets
-        y = torch.mm(rows(N, words.size(1), "in"), words.T, out=rows(N, words.size(0), "out"))
-        torch.mm(y, words, out=rows(N, words.size(1), "gradient"))              # (N, C)
+        for number, layer in enumerate(layers):
+            there_and_back(batch.read, *layer, back=number > 0)
+        # The head: the word embedding again, or where it is packed, what stands behind the method.
+        head = getattr(model.head, "__self__", None)
+        there_and_back(batch.targets, model.wte if head is model else head, C, like.size(0))
     return once
 
 
@@ -303,19 +316,25 @@ def in_turns(steps, device, rounds):
 
 # ---- the tables
 
-def one_case(title, forms, frozen, batches, device, rounds):
-    """Rows of figures, one for each form at one size of batch, and one for the limit."""
+def one_case(title, forms, models, batches, device, rounds):
+    """Rows of figures, one for each form at one size of batch, and one for the limit.
+
+    models: whose multiplications are the limit; the faster ones count.
+    """
     steps = {form.name: (step_of(form), batches[form.kind]) for form in forms}
-    taken = in_turns(steps | {LIMIT: (multiplications(frozen), batches["alike"])}, device, rounds)
-    rows, config = [], frozen.config
+    limits = {f"{LIMIT} {n}": (multiplications(model), batches["alike"])
+              for n, model in enumerate(models)}
+    taken = in_turns(steps | limits, device, rounds)
+    rows, config = [], models[0].config
     operations = sum(useful(config, batch.read, batch.targets) for batch in batches["alike"])
-    limit = operations / taken[LIMIT]           # operations a second
-    for name, (step, own) in steps.items():
-        operations = sum(useful(config, batch.once if name == SHARED else batch.read,
+    limit = operations / min(taken[name] for name in limits)                    # in a second
+    for form in forms:
+        step, own = steps[form.name]
+        operations = sum(useful(config, batch.once if form.kind == "tables" else batch.read,
                                 batch.targets) for batch in own)
-        rows.append({"what": title, "form": name,
-                     "tokens/s": sum(batch.tokens for batch in own) / taken[name],
-                     "of the limit": operations / taken[name] / limit,
+        rows.append({"what": title, "form": form.name,
+                     "tokens/s": sum(batch.tokens for batch in own) / taken[form.name],
+                     "of the limit": operations / taken[form.name] / limit,
                      "MB": added(partial(step, max(own, key=lambda batch: batch.ids.numel())),
                                  device) / 1e6})
     best = max(row["tokens/s"] for row in rows if row["form"].startswith("peft"))
@@ -323,14 +342,14 @@ def one_case(title, forms, frozen, batches, device, rounds):
         {"what": title, "form": LIMIT, "GFLOP/s": limit / 1e9}]
 
 
-def train(device, dtype, rounds, data_dir):
+def train(device, dtype, rounds, data_dir, compiled=False):
     """Print a table of real tokens a second; return one row of figures for each form and case."""
     size, cases = SIZES[device.type], CASES[device.type]
     texts = "E2E" if data_dir else "drawn, of lengths like those of E2E"
     model = random_model(size, device, torch.float32)
     frozen = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
-    start = Prefix(size, P, mid_dim=0).to(device)
-    forms, reference = all_forms(model, frozen, start), ours("ours in fp32", model, start)
+    fast, start = laid_out(frozen), Prefix(size, P, mid_dim=0).to(device)
+    reference = ours("ours in fp32", model, start)
     rows = [{"what": "copy", "GB/s": copied(device) / 1e9, "texts": texts}]
     print(f"texts: {texts}; a copy reads and writes {rows[0]['GB/s']:.1f} GB/s\n"
           f"{'':16}{'form':24}{'tokens/s':>10}{'/ best peft':>13}{'of limit':>10}{'MB':>9}"
@@ -338,9 +357,10 @@ def train(device, dtype, rounds, data_dir):
     for title, (pairs, count, lengths) in cases.items():
         found = (drawn_pairs(lengths, size.vocab_size, TABLES["train"]) if lengths else
                  some_pairs("train", size, data_dir))
-        batches = kinds_of_batches(found, pairs, count, device)
+        batches = kinds_of_batches(found, pairs, count, frozen)
+        forms = all_forms(model, frozen, fast, start, pairs, compiled)
         off = differences(forms, reference, batches)
-        for row in one_case(title, forms, frozen, batches, device, rounds):
+        for row in one_case(title, forms, (frozen, fast), batches, device, rounds):
             rows.append(row)
             print(f"{title if row['form'] == 'ours' else '':16}{row['form']:24}", end="")
             if row["form"] == LIMIT:

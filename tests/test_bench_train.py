@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, random_gpt2
+from conftest import ROOT
 
 import bench
 import bench_train
@@ -36,22 +36,27 @@ def test_all_forms_have_the_same_loss_and_gradient():
     torch.manual_seed(3)
     start = Prefix(SMALL, bench_train.P, mid_dim=0)
     half = copy.deepcopy(model).to(torch.bfloat16)
-    batches = kinds_of_batches(some_pairs("train", SMALL, ""), 8, 1, torch.device("cpu"))
+    batches = kinds_of_batches(some_pairs("train", SMALL, ""), 8, 1, model)
     reference = bench_train.ours("reference", model, start)
-    off = bench_train.differences(bench_train.all_forms(model, model, start), reference, batches)
-    assert len(off) == 5
+
+    def off_of(frozen):
+        fast = bench_train.laid_out(frozen)
+        forms = bench_train.all_forms(model, frozen, fast, start, 8, compiled=False)
+        return bench_train.differences(forms, reference, batches)
+    off = off_of(model)
+    assert len(off) == 7
     for name, (loss, gradient) in off.items():          # fp32's rounding over a few layers: 1e-6
         assert loss < 1e-5 and gradient < 1e-4, name
-    off = bench_train.differences(bench_train.all_forms(model, half, start), reference, batches)
-    assert len(off) == 6
+    off = off_of(half)
+    assert len(off) == 8
     own = off["ours"]                           # bf16's rounding, as large as ours finds it
     for name, (loss, gradient) in off.items():
         assert loss < 10 * own[0] + 1e-3 and gradient < 3 * own[1], name
 
 
-def test_the_tokens_of_a_batch_are_counted_without_padding():
+def test_the_tokens_of_a_batch_are_counted_without_padding(model):
     """Would catch: padding sold as speed; a shared source that counts as work done."""
-    batch = make_batch([Pair([1, 2, 3, 4, 5], 3), Pair([1, 2, 3, 6], 3), Pair([7, 8], 1)], "cpu")
+    batch = make_batch([Pair([1, 2, 3, 4, 5], 3), Pair([1, 2, 3, 6], 3), Pair([7, 8], 1)], model)
     assert (batch.tokens, batch.read, batch.targets) == (11, 8, 4)
     # The two sources, 3 + 1, and of the targets all but each one's last: 1 + 0 + 0.
     assert batch.once == 5
@@ -60,19 +65,18 @@ def test_the_tokens_of_a_batch_are_counted_without_padding():
                                      [-100, 8, -100, -100, -100]]
 
 
-def test_the_limit_does_exactly_the_useful_multiplications():
+def test_the_limit_does_exactly_the_useful_multiplications(model):
     """Would catch: a limit that is too low or too high, so that we seem nearer to it or farther.
     """
     from torch.utils.flop_counter import FlopCounterMode
-    model = random_gpt2()
-    batch = make_batch([Pair([1, 2, 3, 4, 5], 3), Pair([1, 2, 3, 6], 3)], "cpu")
+    batch = make_batch([Pair([1, 2, 3, 4, 5], 3), Pair([1, 2, 3, 6], 3)], model)
     with FlopCounterMode(display=False) as counted:
         multiplications(model)(batch)
     assert counted.get_total_flops() == useful(model.config, batch.read, batch.targets)
     start = Prefix(model.config, 3, mid_dim=0).double()
     # One source that is read once, no padding: then only attention comes on top.
     pairs = [Pair([1, 2, 3, 4, 5, 6], 3), Pair([1, 2, 3, 7, 8], 3)]
-    form, batch = bench_train.shared("tree", model, start), make_batch(pairs, "cpu")
+    form, batch = bench_train.ours("tree", model, start, share=True), make_batch(pairs, model)
     with FlopCounterMode(display=False) as counted:
         form.loss(batch).backward()
     config = model.config
@@ -105,7 +109,7 @@ def test_a_row_of_figures_for_each_form_of_a_step(monkeypatch, tmp_path, capsys)
     assert copied["GB/s"] > 0 and limit["GFLOP/s"] > 0 and copied["texts"].startswith("drawn")
     rates = {row["form"]: row["tokens/s"] for row in rows}
     best = max(rate for name, rate in rates.items() if name.startswith("peft"))
-    assert len(rates) == 5 and all(row["over best peft"] == row["tokens/s"] / best for row in rows)
+    assert len(rates) == 7 and all(row["over best peft"] == row["tokens/s"] / best for row in rows)
     assert all(row["MB"] > 0 and row["loss off"] < 1e-5 for row in rows)
     assert "ours, source shared" in capsys.readouterr().out
 

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "fused": set(),
     "packed": {"model"},
     "rivals": {"model"},
-    "bench_train": {"model", "data", "loss", "prefix", "rivals", "fused"},
+    "bench_train": {"model", "data", "loss", "prefix", "rivals", "fused", "packed", "step"},
     "bench": {"plumbing", "model", "beam", "reader", "sample", "fused", "packed", "rivals",
               "bench_train"},
     "model": set(),

@@ -3,6 +3,8 @@
     python bench.py attention                               this machine, printed
     python bench.py attention --out figures/results/attention.jsonl
     python bench.py decode --dtype bf16                     beside peft and transformers
+    python bench.py train --data-dir DIR                    the same, a step of training
+    python bench.py dev                                     a dev set, with and without sharing
 
 `attention`: one layer of attention with a prefix that the batch shares. The forms are model.attend
 (explicit), concatenation and PyTorch's scaled_dot_product_attention, as other implementations have
@@ -10,6 +12,7 @@ it (sdpa; where padding forces a mask on it, sdpa+mask), and fused.py where ther
 Training is forward and backward, decoding one query a row. On a GPU a second column replays the
 same work as a CUDA graph: what is left when Python and the launches cost nothing.
 `decode`: a GPT-2 with random weights answers a batch, with a prefix, by our generate and by peft's.
+`train` and `dev` are bench_train.py's.
 """
 import copy
 import dataclasses
@@ -19,6 +22,7 @@ import platform
 import random
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,10 +30,12 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from beam import Rules, search
-from model import GPT2, GPT2Config, attend, may_look
+from bench_train import dev, train
+from model import GPT2Config, attend, may_look
 from packed import pack, possible
 from plumbing import flag, parse, run, whole_file
 from reader import GPT2Reader
+from rivals import peft_model, random_model
 from sample import generate
 
 SHAPES = {  # B, H, T, S, P; D = 64. GPT-2 medium's 16 heads; batches and lengths of the paper.
@@ -47,10 +53,13 @@ SHAPES = {  # B, H, T, S, P; D = 64. GPT-2 medium's 16 heads; batches and length
 
 @dataclasses.dataclass
 class Settings:
-    what: str = flag("", "attention or decode")
+    what: str = flag("", "attention, decode, train or dev")
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     dtype: str = flag("auto", "auto: bf16 on a GPU, else fp32", choices=["auto", "fp32", "bf16"])
     rounds: int = flag(0, "turns that each form takes; 0: 50 on a GPU, 5 on a CPU")
+    data_dir: str = flag("", "train and dev take E2E's texts from here; left out: lengths like "
+                             "E2E's are drawn")
+    compile: bool = flag(False, "train: our step compiled, too; takes minutes more")
     out: str = flag("", "write the figures here too, as JSON lines")
 
 
@@ -183,32 +192,6 @@ SIZE = GPT2Config()                             # the smallest GPT-2
 P, SAID = 10, 40                                # prefix; tokens that every text is made to have
 
 
-def peft_model(ours, prefix, attention):
-    """The same weights and the same prefix (L, 2, 1, H, P, D) in transformers and peft."""
-    try:
-        import peft
-        import transformers
-    except ImportError as error:
-        raise ValueError(f"got no package {error.name}; expected it, to compare with; `pip install "
-                         "-r requirements-optional.txt`") from error
-    c, like = ours.config, ours.wte.weight
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=c.vocab_size, n_positions=c.n_positions, n_embd=c.n_embd, n_layer=c.n_layer,
-        n_head=c.n_head, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-        attn_implementation=attention))
-    state = {f"transformer.{name}": x.T if name.endswith(GPT2.checkpoint_transposed) else x
-             for name, x in ours.state_dict().items()}
-    theirs.load_state_dict(state | {"lm_head.weight": like})
-    theirs = peft.get_peft_model(theirs.to(like), peft.PrefixTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=prefix.size(4)))
-    flat = prefix.squeeze(2).permute(3, 0, 1, 2, 4).flatten(1)                  # (P, 2LC)
-    theirs.prompt_encoder.default.embedding.weight.data.copy_(flat)
-    # In bf16 on a CPU its head takes a slow path for the last position of a longer tensor. Without
-    # this repair we would look several times faster than we are.
-    theirs.get_base_model().lm_head.register_forward_pre_hook(lambda m, x: (x[0].contiguous(),))
-    return theirs.eval().requires_grad_(False)
-
-
 def our_words(model, prefix):
     """A function of prompts and beams: the tokens that our model says."""
     rules = Rules(0, SAID, SAID)
@@ -236,12 +219,7 @@ def their_words(theirs):
 
 def speakers(device, dtype):
     """{form: function of prompts and beams}; the first is how sample.py decodes here."""
-    torch.manual_seed(0)
-    model = GPT2(SIZE)
-    for name, x in model.named_parameters():    # as GPT-2 is initialised, and biases that count
-        if "ln_" not in name:
-            torch.nn.init.normal_(x, std=0.02)
-    model = model.to(device, dtype).eval().requires_grad_(False)
+    model = random_model(SIZE, device, dtype)
     L, _, _, H, _, D = model.no_prefix().shape
     prefix = torch.randn(L, 2, 1, H, P, D, device=device, dtype=dtype)
     found = {"ours": our_words(model, prefix)}
@@ -282,9 +260,11 @@ def decode(device, dtype, rounds):
 
 def main(argv=None):
     settings = parse(Settings, argv, "Measure speed beside the alternatives.", "what")
-    measures = {"attention": attention, "decode": decode}
+    measures = {"attention": attention, "decode": decode,
+                "train": partial(train, data_dir=settings.data_dir, compiled=settings.compile),
+                "dev": partial(dev, data_dir=settings.data_dir)}
     if settings.what not in measures:
-        raise ValueError(f"got {settings.what!r}; expected what to measure: attention or decode; "
+        raise ValueError(f"got {settings.what!r}; expected what to measure: {', '.join(measures)}; "
                          "`python bench.py attention`")
     cuda = torch.cuda.is_available()
     device = torch.device(("cuda" if cuda else "cpu") if settings.device == "auto"
@@ -295,10 +275,14 @@ def main(argv=None):
     rounds = settings.rounds or (50 if device.type == "cuda" else 5)
     if device.type == "cuda":
         torch.cuda.set_device(device)           # events and graphs belong to the current GPU
+    else:
+        # Several threads wait for each other by spinning: CPU time that is nobody's work.
+        torch.set_num_threads(1)
     machine = (torch.cuda.get_device_name() if device.type == "cuda"
                else platform.processor() or platform.machine())
-    about = {"machine": machine, "torch": torch.__version__, "dtype": name, "rounds": rounds,
-             "date": datetime.date.today().isoformat(), "threads": torch.get_num_threads()}
+    about = {"measure": settings.what, "machine": machine, "torch": torch.__version__,
+             "dtype": name, "rounds": rounds, "date": datetime.date.today().isoformat(),
+             "threads": torch.get_num_threads()}
     print(" ".join(f"{key} {value}" for key, value in about.items()))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
     rows = measures[settings.what](device, dtype, rounds)

@@ -16,9 +16,10 @@ import torch
 from data.bpe import world_texts
 from data.headlines import report
 from data.sequence import Pair
-from data.world_text import FIRST, GROUPS, document, mark, world_thing
+from data.world_text import FIRST, GROUPS, TEXT, document, mark, world_thing
 from loss import collate, target_nats
 from model import BART, BARTConfig
+from model import attend as written_out
 
 MASKED, SPAN = 0.3, 3       # BART's share of tokens that are masked, and mean length of a span
 
@@ -153,9 +154,9 @@ def new_model(settings):
     return net
 
 
-def loss_of(net, ids, learn, source, real):
+def loss_of(net, ids, learn, source, real, attend=written_out):
     """(summed loss, number) of the learned tokens."""
-    return target_nats(net, None, ids, learn, source=(source, real)), int(learn.sum())
+    return target_nats(net, None, ids, learn, attend, (source, real)), int(learn.sum())
 
 
 @torch.no_grad()
@@ -163,12 +164,16 @@ def probe(net, tokenizer, count=64):
     """How well noise is undone in reports on things whose names were never read.
 
     restored: loss of the learned tokens. hidden: loss of those that are masked in the source.
-    right: share of all learned tokens that are the likeliest after the true ones before them.
+    right: share of all learned tokens that are the likeliest after the true ones before them;
+    copied: the same of the tokens of values that stand in the source.
     """
-    rng, made = random.Random("probe"), []
+    rng, made, values = random.Random("probe"), [], []
     for _ in range(count):
         sentences = sentences_of(report(world_thing(rng, groups=(0,)), (0,), rng), tokenizer)
         made.append(corrupted(sentences, tokenizer, rng))
+        roles = [role for sentence in sentences for _, role in sentence]
+        values += [role != TEXT for role, learned in zip([TEXT, *roles, TEXT], made[-1][2],
+                                                         strict=True) if learned]
     ids, learn, source, real = (t.to(net.wte.weight.device) for t in tensors(made, tokenizer))
     hidden = net(ids, memory=net.encode(source, real))[:, :-1]                      # (B, T-1, C)
     logits = net.head(hidden[learn[:, 1:]]).float()                                 # (N, V)
@@ -177,6 +182,7 @@ def probe(net, tokenizer, count=64):
     there = [set(row) for row, _, _ in made]
     masked = torch.tensor([token not in there[row] for row, token in
                            zip(learn[:, 1:].nonzero()[:, 0].tolist(), target.tolist())])
-    return {"restored": round(loss.mean().item(), 4),
-            "hidden": round(loss[masked].mean().item(), 4),
-            "right": round((logits.argmax(1) == target).float().mean().item(), 4)}
+    right = (logits.argmax(1) == target).float()                                    # (N,)
+    return {name: round(numbers.mean().item(), 4) for name, numbers in
+            (("restored", loss), ("hidden", loss[masked]), ("right", right),
+             ("copied", right[torch.tensor(values) & ~masked]))}

@@ -244,7 +244,7 @@ class Places(typing.NamedTuple):
 class Memory(typing.NamedTuple):
     """What the decoder sees of a source: computed once, looked at by every layer and token."""
     kv: torch.Tensor            # (L, 2, B, H, S, D), each decoder layer's keys and values of it
-    real: torch.Tensor          # (1 or B, S) bool, False at padding
+    real: torch.Tensor          # (1 or B, S) bool, False at padding; or (B, P+S), see `encode`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,9 +365,7 @@ class Stack(nn.Module):
 
 
 class BART(nn.Module):
-    """Lewis et al. 2019. Differs from the paper: no dropout while a prefix learns. The official
-    code leaves BART's own on, a side effect of its trainer.
-    """
+    """Lewis et al. 2019. Differs from the official code, whose trainer leaves BART's dropout on."""
 
     architecture, places = "bart", Places._fields
     checkpoint_root, checkpoint_transposed = "model.", ()
@@ -404,11 +402,13 @@ class BART(nn.Module):
     def encode(self, ids, real=None, prefix=None, attend=attend):
         """Read sources ids (B, S) once, for any number of calls of the decoder: a `Memory`.
 
-        real: (B, S) bool, False at padding. prefix: `Places`. attend: see GPT2.forward.
+        real: (B, S) bool, False at padding; or (B, P+S), where not all of the encoder's prefix is
+        real either. prefix: `Places`. attend: see GPT2.forward.
         """
         prefix = self.no_prefix() if prefix is None else prefix
         real = torch.ones_like(ids[:1], dtype=torch.bool) if real is None else real  # (1 or B, S)
-        keys = F.pad(real, (prefix.encoder.size(4), 0), value=True)             # (1 or B, P+S)
+        front = prefix.encoder.size(4) + ids.size(1) - real.size(1)
+        keys = F.pad(real, (front, 0), value=True)                              # (1 or B, P+S)
         # The text starts at position 0 whatever the prefix, as in the official code: a prefix of
         # BART takes no one's place, so it may even be longer than the positions.
         where = torch.arange(ids.size(1), device=ids.device)                    # (S,)
@@ -416,7 +416,7 @@ class BART(nn.Module):
         for layer, block in enumerate(self.encoder.layers):
             x = block(x, prefix.encoder[layer], keys, attend)                   # (B, S, C)
         kv = [torch.stack(block.encoder_attn.keys_and_values(x)) for block in self.decoder.layers]
-        return Memory(torch.stack(kv), real)                                # kv (L, 2, B, H, S, D)
+        return Memory(torch.stack(kv), keys[:, -ids.size(1):])              # kv (L, 2, B, H, S, D)
 
     def forward(self, ids, prefix=None, real=None, cache=None, attend=attend, memory=None):
         """Hidden states of the target's tokens `ids` (B, T), which begin with </s>: (B, T, C).
@@ -430,8 +430,9 @@ class BART(nn.Module):
         if real is None:
             real = torch.ones(1, P + past + ids.size(1), dtype=torch.bool, device=ids.device)
         elif real.dim() == 3:               # texts that branch: a token stands behind its own past
-            where = real.sum(2) - P - 1                                         # (B, T)
-        source = F.pad(memory.real, (prefix.cross.size(4), 0), value=True)      # (1 or B, P+S)
+            where = real[:, :, P:].sum(2) - 1                                   # (B, T)
+        front = prefix.cross.size(4) + memory.kv.size(4) - memory.real.size(1)
+        source = F.pad(memory.real, (front, 0), value=True)                     # (1 or B, P+S)
         x = self.decoder.embed(self.shared(ids), where, past + ids.size(1))     # (B, T, C)
         for layer, block in enumerate(self.decoder.layers):
             x = block(x, prefix.decoder[layer], real, memory.kv[layer], prefix.cross[layer], source,

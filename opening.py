@@ -59,10 +59,6 @@ def find_model(name):
     if name in NAMES:
         fetch(name, WEIGHTS / name)
         return WEIGHTS / name
-    if name == "tiny-bart":
-        raise ValueError("got the model 'tiny-bart', whose weights are not here; expected "
-                         f"{WEIGHTS / name}; make them with `python pretrain.py --model tiny-bart` "
-                         "(hours), or use another BART")
     known = sorted({*NAMES, *(p.parent.name for p in WEIGHTS.glob("*/config.json"))})
     near = difflib.get_close_matches(name, known, 1)
     raise ValueError(f"got the model {name!r}; expected a directory or one of {', '.join(known)}"

@@ -124,21 +124,19 @@ def new_model(settings):
 
 
 def attend_without_prefix(q, k, v, pk, pv, real, causal):
-    """model.attend where there is neither prefix nor padding, with the mask added by the product.
+    """model.attend where there is no prefix and no query without a key: the mask is added.
 
     On a CPU that costs less than half of PyTorch's fused attention, whose way back is slow there.
     """
-    B, H, T, D = q.shape
-    q, k, v = ((x * scale).flatten(0, 1) for x, scale in ((q, D ** -0.5), (k, 1), (v, 1)))
-    mask = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device)            # (T, T)
-    mask = mask.triu(1) if causal else mask.zero_()
-    scores = torch.baddbmm(mask.expand(1, T, T), q, k.transpose(1, 2))              # (BH, T, T)
-    return (scores.softmax(-1) @ v).unflatten(0, (B, H))                            # (B, H, T, D)
+    hidden = ~gpt2.may_look(real, q.size(2), causal)                    # (1 or B, 1, T, S)
+    mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill(hidden, -math.inf)
+    scores = (q * q.size(3) ** -0.5) @ k.transpose(2, 3)                # (B, H, T, S)
+    return scores.add_(mask).softmax(-1) @ v                            # (B, H, T, D)
 
 
-def loss_of(net, ids, labels):
+def loss_of(net, ids, labels, attend=attend_without_prefix):
     """(summed loss, number) of the learned tokens; no logit is computed for the others."""
-    hidden = net(ids[:, :-1], attend=attend_without_prefix)                         # (B, T, C)
+    hidden = net(ids[:, :-1], attend=attend)                                        # (B, T, C)
     learned = labels[:, 1:] != -100                                                 # (B, T)
     logits = net.head(hidden[learned]).float()                                      # (N, V)
     return F.cross_entropy(logits, labels[:, 1:][learned], reduction="sum"), len(logits)
@@ -189,18 +187,25 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            alike = {}                          # matrices of one shape go through in one product
             for weight in group["params"]:
-                state, keep = self.state[weight], group["momentum"]
-                mean = state.setdefault("mean", torch.zeros_like(weight))
-                mean.lerp_(weight.grad, 1 - keep)
-                ahead = weight.grad.lerp(mean, keep)                    # Nesterov's
-                # c_attn is three matrices, queries, keys and values, one above the other.
-                C = weight.size(1)
-                count = 3 if weight.size(0) == 3 * C else 1
-                update = orthogonal(ahead.unflatten(0, (count, -1)), self.dtype)
-                update = update * max(1, update.size(1) / C) ** 0.5     # (1 or 3, R, C)
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.sub_(group["lr"] * update.flatten(0, 1))
+                alike.setdefault(weight.shape, []).append(weight)
+            for (R, C), weights in alike.items():
+                self.step_together(weights, R, C, group)
+
+    def step_together(self, weights, R, C, group):
+        """A step of N weights (R, C)."""
+        lr, keep, ahead = group["lr"], group["momentum"], []
+        for weight in weights:
+            mean = self.state[weight].setdefault("mean", torch.zeros_like(weight))
+            mean.lerp_(weight.grad, 1 - keep)
+            ahead.append(weight.grad.lerp(mean, keep))                  # Nesterov's
+        # c_attn is three matrices, queries, keys and values, one above the other.
+        rows = C if R == 3 * C else R
+        update = orthogonal(torch.cat(ahead).unflatten(0, (-1, rows)), self.dtype)
+        update = update.flatten(0, 1) * max(1, rows / C) ** 0.5         # (N * R, C)
+        for weight, part in zip(weights, update.split(R), strict=True):
+            weight.mul_(1 - lr * group["weight_decay"]).sub_(lr * part)
 
 
 def optimizers_of(net, settings):
@@ -359,7 +364,8 @@ def pretrain(rank, settings, meeting):
         for optimizer, rate in zip(optimizers, (s.matrix_lr, s.lr), strict=True):
             optimizer.param_groups[0]["lr"] = rate * schedule(step, steps, s.warmup)
         with torch.autocast(device, torch.bfloat16, enabled=s.dtype == "bf16"):
-            loss, count = loss_of(net, *(part.to(device) for part in batch))
+            loss, count = loss_of(net, *(part.to(device) for part in batch),
+                                  attend=attend_without_prefix)
         net.zero_grad()
         loss.backward()
         mean = share_gradients(net, loss, count)

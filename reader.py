@@ -82,7 +82,7 @@ class BARTReader:
     """A batch of ragged sources, each read once; then it reads what is said.
 
     sources: lists of tokens. prefix: `Places`, for all or a row each, or a list with one for each
-    source, all of the same lengths. The rest as of GPT2Reader.
+    source, of any lengths. The rest as of GPT2Reader.
     """
 
     @torch.no_grad()
@@ -92,26 +92,24 @@ class BARTReader:
         self.model, self.attend = model, attend
         self.prompts = [[model.config.decoder_start_token_id] for _ in sources]
         self.room = min(max_new, model.config.n_positions - 1)
-        if isinstance(prefix, list):
-            if len({tuple(part.size(4) for part in own) for own in prefix}) > 1:
-                raise ValueError("got prefixes of different lengths for one batch; expected the "
-                                 "same at each place; decode each run by itself")
-            prefix = Places(*(torch.cat(parts, 2) for parts in zip(*prefix)))
-        self.prefix = model.no_prefix() if prefix is None else prefix
+        B, prefix = len(sources), model.no_prefix() if prefix is None else prefix
+        parts = map(list, zip(*prefix)) if isinstance(prefix, list) else prefix
+        parts, fronts = zip(*(stacked(part, B) for part in parts))
+        self.prefix, front = Places(*parts), Places(*fronts)    # (B, P) each
         device, S = model.wte.weight.device, max(map(len, sources))
         ids = torch.tensor([s + [0] * (S - len(s)) for s in sources], device=device)    # (B, S)
         long = torch.tensor([[len(s)] for s in sources], device=device)                 # (B, 1)
         # Padding behind: a source begins at position 0, wherever its neighbours end.
         real = torch.arange(S, device=device) < long                                    # (B, S)
-        self.memory = model.encode(ids, real, self.prefix, attend)
+        memory = model.encode(ids, torch.cat((front.encoder, real), 1), self.prefix, attend)
+        self.memory = Memory(memory.kv, torch.cat((front.cross, real), 1))              # (B, P+S)
         if attend is written_out:               # as of GPT-2: put the two together once for all
-            front = self.prefix.cross.expand(-1, -1, len(sources), -1, -1, -1)  # (L, 2, B, H, P, D)
-            self.memory = Memory(torch.cat((front, self.memory.kv), 4),         # (L, 2, B, H, P+S,
-                                 F.pad(real, (front.size(4), 0), value=True))   #  D) and (B, P+S)
+            cross = self.prefix.cross.expand(-1, -1, B, -1, -1, -1)         # (L, 2, B, H, P, D)
+            self.memory = self.memory._replace(kv=torch.cat((cross, memory.kv), 4))     # P+S keys
             self.prefix = self.prefix._replace(cross=model.no_prefix().cross)
         begin = torch.tensor(self.prompts, device=device)                               # (B, 1)
-        self.cache = Cache(model, len(sources), 1 + beams * self.room)
-        self.real = real.new_ones(len(sources), self.prefix.decoder.size(4))            # (B, P)
+        self.cache = Cache(model, B, 1 + beams * self.room)
+        self.real = front.decoder                                                       # (B, P)
         self.logits = self.read(begin)[:, 0]                                            # (B, V)
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ A report tells all facts of one thing, in sentences as in pre-training, with cha
 and after: sentences that say nothing, and sentences about something else. Its headline says name,
 kind and the first two facts told, in a notation that pre-training never has: `Rudibis (bridge):
 opened in 1919; crossing the Doreka`.
-Splits, kinds and names as in data/world.py. Called by data/tasks.py and pretrain_bart.py, which
+Splits, kinds and names as in data/world.py. Called by data/tasks.py and denoise.py, which
 reads reports but no headline.
 """
 import random

@@ -8,7 +8,7 @@ from test_bart import some_prefix
 
 import sample
 from beam import Rules, search
-from model import BART, BARTConfig
+from model import BART, BARTConfig, Places, attend
 from prefix import Prefixes, save_prefix
 from reader import BARTReader
 from sample import choose, generate
@@ -73,15 +73,30 @@ def test_beam_of_one_is_greedy_and_a_batch_is_each_alone(bart, sources):
         assert log_p == pytest.approx(said, rel=1e-10)
 
 
+def ragged(lengths=((3, 5, 2), (0, 1, 9), (14, 0, 0), (1, 4, 4))):
+    """`Places` of every length, for one source each; some have none at some place."""
+    torch.manual_seed(6)
+    like = some_prefix(random_bart().double())
+    return [Places(*(torch.randn(*p.shape[:4], P, p.size(5), dtype=p.dtype)
+                     for p, P in zip(like, own, strict=True))) for own in lengths]
+
+
 def test_a_list_of_prefixes_serves_each_its_own(bart, sources):
-    """Would catch: the first run's prefix for all rows; lengths that silently do not fit."""
-    rows = some_prefix(bart, rows=4)
-    own = [type(rows)(*(part[:, :, b:b + 1] for part in rows)) for b in range(4)]
+    """Would catch: the first run's prefix for all rows; a position, a mask or a branch that counts
+    the room that a longer prefix needs.
+    """
+    own = ragged()
     together = generate(bart, sources, Rules(EOS, 10), own)
-    for source, prefix, said in zip(sources, own, together):
-        assert said == recomputed(bart, source, prefix, 10)
-    with pytest.raises(ValueError, match="got prefixes of different lengths for one batch"):
-        generate(bart, sources[:2], Rules(EOS, 10), [own[0], some_prefix(bart, cross=2)])
+    beams = search(BARTReader(bart, sources, own, 10, 3), Rules(EOS, 10), 3)
+    for b, (source, prefix) in enumerate(zip(sources, own, strict=True)):
+        assert together[b] == recomputed(bart, source, prefix, 10)
+        (row, log_p), = search(BARTReader(bart, [source], prefix, 10, 3), Rules(EOS, 10), 3)
+        assert beams[b][0] == row and beams[b][1] == pytest.approx(log_p, rel=1e-10)
+        alone = BARTReader(bart, [source], prefix).logits[0]                            # (V,)
+        for form in (attend, lambda *inputs: attend(*inputs)):      # also as a kernel is handed in
+            row = BARTReader(bart, sources, own, attend=form).logits[b]                 # (V,)
+            assert (row - alone).abs().max() < 1e-10
+    assert together != generate(bart, sources, Rules(EOS, 10), own[0])
 
 
 def test_what_cannot_be_read_is_refused(bart):

@@ -78,10 +78,12 @@ def test_attention_without_a_prefix_is_the_definition_of_attention():
     """Catches a fast path that pre-trains another model than the one that is used."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 7, 8, dtype=torch.float64)
-    none, real = torch.empty(1, 4, 0, 8, dtype=torch.float64), torch.ones(1, 7, dtype=torch.bool)
-    ours = pretrain.attend_without_prefix(q, k, v, none, none, real, True)
-    definition = attend(q, k, v, none, none, real, True)
-    assert torch.allclose(ours, definition, atol=1e-12)         # sums of 7 float64 numbers near 1
+    none, whole = torch.empty(1, 4, 0, 8, dtype=torch.float64), torch.ones(1, 7, dtype=torch.bool)
+    padded = torch.arange(7) < torch.tensor([[4], [7]])
+    for real, causal in ((whole, True), (whole, False), (padded, False)):
+        ours = pretrain.attend_without_prefix(q, k, v, none, none, real, causal)
+        definition = attend(q, k, v, none, none, real, causal)
+        assert torch.allclose(ours, definition, atol=1e-12)     # sums of 7 float64 numbers near 1
 
 
 def test_muon_makes_every_direction_equally_long():
@@ -97,6 +99,25 @@ def test_muon_makes_every_direction_equally_long():
         along = (u.transpose(1, 2) @ update @ vh.transpose(1, 2)).diagonal(dim1=1, dim2=2)
         # What five steps of this iteration make of lengths between 0.03 and 1.
         assert 0.5 < along.min() and along.max() < 1.3
+
+
+def test_muon_takes_the_same_step_with_matrices_of_one_shape_as_with_each_alone():
+    """Catches lengths that are taken over several matrices, a matrix that gets another's step."""
+    torch.manual_seed(0)
+    shapes = [(16, 16), (48, 16), (16, 64), (16, 16), (64, 16), (48, 16)]
+    first = [torch.randn(shape) for shape in shapes]
+    grads = [torch.randn(shape) * 10.0 ** n for n, shape in enumerate(shapes)]
+    together = [torch.nn.Parameter(weight.clone()) for weight in first]
+    alone = [torch.nn.Parameter(weight.clone()) for weight in first]
+    optimizers = [pretrain.Muon(together, 0.1), *(pretrain.Muon([w], 0.1) for w in alone)]
+    for _ in range(2):
+        for weights in (together, alone):
+            for weight, grad in zip(weights, grads, strict=True):
+                weight.grad = grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, start in zip(together, alone, first, strict=True):
+        assert torch.allclose(a, b, atol=1e-5) and not torch.allclose(a, start, atol=0.01)
 
 
 def test_the_learning_rate_rises_then_falls_to_nothing():

@@ -103,6 +103,19 @@ def pack_weights(word, model):
         packed.pack(model)
 
 
+def recorded(word, plain, model, rules, attend, generator):
+    """For the word of --graph: sample.generate, which is `plain`, or where it can its other form,
+    which records its steps for the GPU.
+    """
+    try:
+        import graphs                           # a side door
+    except ImportError:
+        return plain
+    if word == "no" or graphs.impossible(model, rules, attend):
+        return plain
+    return graphs.Generate(generator)
+
+
 def run_settings(directory):
     """The settings that a run was trained with, from its config.json."""
     path = Path(directory) / "config.json"

@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "plumbing": set(),
     "fused": set(),
     "packed": {"model"},
+    "graphs": {"model", "reader"},
     "bench": {"plumbing", "model", "beam", "reader", "sample", "fused", "packed"},
     "model": set(),
     "checkpoint": {"plumbing", "model"},
@@ -36,7 +37,7 @@ MAY_IMPORT = {
     "denoise": {"model", "data", "loss"},
 }
 # Imports inside a function: a side door that is opened where it is needed.
-MAY_IMPORT_LATE = {"opening": {"convert", "fused", "packed"}, "train": {"baselines"},
+MAY_IMPORT_LATE = {"opening": {"convert", "fused", "graphs", "packed"}, "train": {"baselines"},
                    "convert": {"peft_format"}, "pretrain": {"denoise"}}
 PACKAGES = {"torch", "numpy", "tiktoken", "tqdm"}
 

@@ -1,6 +1,6 @@
 """sample.generate again, for a GPU: a step of decoding is recorded once and then replayed.
 
-A step of a small batch is a thousand small kernels, and Python takes longer to start them than the
+A step of a small batch is hundreds of small kernels, and Python takes longer to start them than the
 GPU to run them. A CUDA graph starts all of them at once; but what it replays has the same shapes
 and lies at the same addresses each time. So the cache has a fixed size, with the prefix and the
 prompt in front; what is a length elsewhere is a tensor here: which column is the newest, which are

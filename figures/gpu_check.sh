@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can tell, in one go: the kernels' resources, all tests (the compiled
-# kernels and the recorded steps of decoding among them), attention and decoding timed. Figures go to the folder given, figures/results by default;
-# the table comes last. Usage: bash figures/gpu_check.sh [FOLDER]
+# kernels and the recorded steps of decoding among them), attention and decoding timed. Figures go
+# to the folder given, figures/results by default; the tables come last.
+# Usage: bash figures/gpu_check.sh [FOLDER]
 set -uo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-figures/results}

@@ -1,4 +1,4 @@
-"""Recorded steps are sample.generate: on a CPU the steps run one by one, on a GPU they are replayed.
+"""Recorded steps are sample.generate. On a CPU they run one by one, on a GPU they are replayed.
 
 What a recording must not do, to move a tensor or to let Python decide, is looked for here as well.
 """

@@ -7,6 +7,7 @@ pretrain.py calls it for the model, the batches, the loss and the probe; the loo
 and the files are its own. Not here: the summarising task (data/headlines.py). Letters as in
 model.py.
 """
+import itertools
 import math
 import random
 import re
@@ -16,21 +17,36 @@ import torch
 from data.bpe import world_texts
 from data.headlines import report
 from data.sequence import Pair
-from data.world_text import FIRST, GROUPS, TEXT, document, mark, world_thing
+from data.world_text import GROUPS, document, world_thing
+from data.world_words import listed, say
 from loss import collate, target_nats
 from model import BART, BARTConfig
 from model import attend as written_out
 
 MASKED, SPAN = 0.3, 3       # BART's share of tokens that are masked, and mean length of a span
+WHOLE = 0.5                 # share of texts in which one sentence is masked as a whole
 
 
 # ---- text, and what is made of it
 
-def text_of_world(rng, groups=GROUPS):
-    """One text with values in braces: a document of pre-training, or a report with chatter."""
-    if rng.random() < 0.4:
-        return report(world_thing(rng, groups), groups, rng)
-    return " ".join(document(rng))
+def gist(thing, rng):
+    """What a report's first or last sentence may say: the thing and one to three of its facts."""
+    told = listed([say(fact, rng)[1] for fact in thing.facts[:rng.randint(1, 3)]])
+    return rng.choice((f"In short, {thing.name} is a {thing.kind} {told}.",
+                       f"{thing.name} is a {thing.kind} {told}.",
+                       f"News of {thing.name}, a {thing.kind} {told}."))
+
+
+def reported(rng, groups=GROUPS):
+    """A report with chatter, mostly with its gist in front or at the end, as newspapers have it."""
+    thing = world_thing(rng, groups)
+    text, place = report(thing, groups, rng), rng.randrange(3)
+    return (f"{gist(thing, rng)} {text}", f"{text} {gist(thing, rng)}", text)[place]
+
+
+def text_of_world(rng):
+    """One text with values in braces: a report, or a document of pre-training."""
+    return reported(rng) if rng.random() < 0.7 else " ".join(document(rng))
 
 
 def vocabulary_texts(count, seed):
@@ -38,17 +54,20 @@ def vocabulary_texts(count, seed):
     yield from world_texts(count, seed)
     rng = random.Random(f"tokenizer of reports {seed}")
     for _ in range(count // 2):
-        yield re.sub(r"[{}]", "", report(world_thing(rng), GROUPS, rng))
+        yield re.sub(r"[{}]", "", reported(rng))
 
 
 def sentences_of(text, tokenizer):
-    """The text as a list of sentences, each a list of (token, role); see data/world_text.py."""
-    seen, sentences = set(), []
+    """The text as a list of sentences, each a list of (token, the value it belongs to or "")."""
+    sentences = []
     for sentence in re.split(r"(?<=[.?]) (?=[A-Z{])|\n+ ", text):
-        blank = " " if sentences else ""        # as in running text: a blank belongs to its word
-        sentences.append(list(zip(*mark(blank + sentence, tokenizer, seen), strict=True)))
-        seen |= {f" {value.lstrip()}" for value in seen}    # the text's first word has no blank
-    return [sentence for sentence in sentences if sentence]
+        blank, tokens = " " if sentences else "", []    # as in running text: it belongs to its word
+        for piece in re.split(r"( ?\{[^}]*\})", blank + sentence):
+            words = re.sub(r"[{}]", "", piece)
+            value = words.strip() if piece.endswith("}") else ""
+            tokens += [(token, value) for token in tokenizer.encode_ordinary(words)]
+        sentences += [tokens] if tokens else []
+    return sentences
 
 
 def poisson(mean, rng):
@@ -79,23 +98,35 @@ def infilled(count, rng):
 
 def corrupted(sentences, tokenizer, rng):
     """(source, target, learn): what the encoder reads, what the decoder writes, and whether each of
-    the target's tokens is learned. Nobody can guess a made-up name that is masked where it occurs
-    first: such tokens are not.
+    the target's tokens is learned.
+
+    In half of the texts one sentence, often the first or the last, is masked as a whole, as Zhang
+    et al. 2020 (PEGASUS) do it: it has to be written anew from the others. Nobody can guess a
+    made-up name that stands nowhere else: such tokens are not learned.
     """
-    order = [(n, place) for n, sentence in enumerate(sentences) for place in range(len(sentence))]
+    last = len(sentences) - 1
+    whole = rng.choice((0, last, rng.randint(0, last))) if rng.random() < WHOLE else None
     shuffled = list(range(len(sentences)))
     rng.shuffle(shuffled)
-    read = [(n, place) for n in shuffled for place in range(len(sentences[n]))]
-    source, hidden = [], set()
+    read = [(n, place) for n in shuffled if n != whole for place in range(len(sentences[n]))]
+    source, shown = [], set()
     for where, kind in zip(read, infilled(len(read), rng), strict=True):
         if kind in (1, 2):
             source.append(tokenizer.mask_token)
         if kind in (0, 1):
             source.append(sentences[where[0]][where[1]][0])
-        else:
-            hidden.add(where)
-    target = [sentences[n][place][0] for n, place in order]
-    learn = [sentences[n][place][1] != FIRST or (n, place) not in hidden for n, place in order]
+            shown.add(where)
+    if whole is not None:
+        source.insert(rng.randint(0, len(source)), tokenizer.mask_token)
+    every = [(n, place) for n, sentence in enumerate(sentences) for place in range(len(sentence))]
+    pieces = [(value, list(where)) for value, where in
+              itertools.groupby(every, lambda where: sentences[where[0]][where[1]][1])]
+    known = {value for value, where in pieces if shown.issuperset(where)}
+    target, learn = [], []
+    for value, where in pieces:
+        target += [sentences[n][place][0] for n, place in where]
+        learn += [not value or value in known or one in shown for one in where]
+        known.add(value)                        # from here on it stands in the target
     begin, end = [tokenizer.bos_token], [tokenizer.eot_token]
     return begin + source + end, begin + target + end, [True, *learn, True]
 
@@ -169,11 +200,10 @@ def probe(net, tokenizer, count=64):
     """
     rng, made, values = random.Random("probe"), [], []
     for _ in range(count):
-        sentences = sentences_of(report(world_thing(rng, groups=(0,)), (0,), rng), tokenizer)
+        sentences = sentences_of(reported(rng, (0,)), tokenizer)
         made.append(corrupted(sentences, tokenizer, rng))
-        roles = [role for sentence in sentences for _, role in sentence]
-        values += [role != TEXT for role, learned in zip([TEXT, *roles, TEXT], made[-1][2],
-                                                         strict=True) if learned]
+        inside = ["", *(value for sentence in sentences for _, value in sentence), ""]
+        values += [bool(value) for value, learned in zip(inside, made[-1][2]) if learned]
     ids, learn, source, real = (t.to(net.wte.weight.device) for t in tensors(made, tokenizer))
     hidden = net(ids, memory=net.encode(source, real))[:, :-1]                      # (B, T-1, C)
     logits = net.head(hidden[learn[:, 1:]]).float()                                 # (N, V)

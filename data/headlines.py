@@ -2,10 +2,10 @@
 
 A report tells all facts of one thing, in sentences as in pre-training, with chatter before, between
 and after: sentences that say nothing, and sentences about something else. Its headline says name,
-kind and the first two facts told, in a notation that pre-training never has: `Rudibis (bridge):
+kind and the first two facts told, in a notation that pre-training never has: `Rudibis, a bridge:
 opened in 1919; crossing the Doreka`.
-Splits, kinds and names as in data/world.py. Called by data/tasks.py and denoise.py, which
-reads reports but no headline.
+Splits, kinds and names as in data/world.py. Called by data/tasks.py and denoise.py, which reads
+reports but no headline.
 """
 import random
 
@@ -44,7 +44,7 @@ def report(thing, groups, rng):
 
 def headline(thing, rng):
     told = [say(fact, rng, (1, 0, 0))[1] for fact in thing.facts[:2]]
-    return f"{thing.name} ({thing.kind}): {'; '.join(told)}"
+    return f"{thing.name}, a {thing.kind}: {'; '.join(told)}"
 
 
 def task(split="train", size=None, seed=0):

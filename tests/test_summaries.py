@@ -127,7 +127,7 @@ def test_the_official_files_have_the_published_counts(real_data, name, split, ex
 def test_a_headline_says_name_kind_and_the_first_two_facts():
     """Would catch: a headline that cannot be read off its report."""
     for example in headlines.task("train", 200):
-        name, kind, facts = re.fullmatch(r"(\w+) \((\w+)\): (.+; .+)",
+        name, kind, facts = re.fullmatch(r"(\w+), a (\w+): (.+; .+)",
                                          example.targets[0]).groups()
         assert kind == example.topic and name in example.source
         assert all(value in example.source for value in headlines.VALUE.findall(facts))
@@ -137,7 +137,7 @@ def test_pre_training_never_shows_a_headline():
     """Would catch: a leak: a model that already writes headlines needs no prefix."""
     rng = random.Random(3)
     texts = [part.replace("{", "").replace("}", "") for _ in range(2000) for part in document(rng)]
-    assert not any(re.search(r"\(\w+\): ", text) for text in texts)
+    assert not any(re.search(r", a \w+: |\w; \w+ing ", text) for text in texts)
 
 
 def test_other_things_are_named_in_front_or_behind_only():
@@ -157,7 +157,7 @@ def test_the_splits_are_those_of_the_tables():
     """Would catch: names or kinds of the test that training has seen."""
     for split in ("train", "dev", "test-seen", "test-unseen"):
         assert len(headlines.task(split)) == SPLITS[split][2]
-    names = {split: {e.targets[0].split(" ")[0] for e in headlines.task(split)}
+    names = {split: {e.targets[0].split(",")[0] for e in headlines.task(split)}
              for split in ("train", "dev", "test-seen")}
     assert not names["train"] & names["dev"] and not names["train"] & names["test-seen"]
     assert {e.topic for e in headlines.task("train")} <= set(TRAIN_KINDS)

@@ -36,7 +36,7 @@ from packed import pack, possible
 from plumbing import flag, parse, run, whole_file
 from reader import GPT2Reader
 from rivals import peft_model, random_model
-from sample import generate
+from sample import choose, generate
 
 SHAPES = {  # B, H, T, S, P; D = 64. GPT-2 medium's 16 heads; batches and lengths of the paper.
     "training, batch 5": (5, 16, 60, 60, 5),
@@ -192,13 +192,13 @@ SIZE = GPT2Config()                             # the smallest GPT-2
 P, SAID = 10, 40                                # prefix; tokens that every text is made to have
 
 
-def our_words(model, prefix):
+def our_words(model, prefix, generate=generate):
     """A function of prompts and beams: the tokens that our model says."""
     rules = Rules(0, SAID, SAID)
 
     def words(prompts, beams):
         if beams == 1:
-            return generate(model, prompts, rules, prefix)
+            return generate(model, prompts, rules, prefix, choose)
         return [row for row, _ in search(GPT2Reader(model, prompts, prefix, SAID, beams), rules,
                                         beams)]
     return words
@@ -227,6 +227,10 @@ def speakers(device, dtype):
         fast = copy.deepcopy(model)
         pack(fast)
         found = {"ours": our_words(fast, prefix), "not packed": found["ours"]}
+    if device.type == "cuda":
+        from graphs import Generate
+        found = {"ours": our_words(model, prefix, Generate(torch.Generator(device))),
+                 "not recorded": found["ours"]}
     return found | {f"peft, {name}": their_words(peft_model(model, prefix, name))
                     for name in ("sdpa", "eager")}
 

@@ -106,6 +106,33 @@ def pack_weights(word, model, learning=False):
         packed.pack(model, learning)
 
 
+def recorded(model, rules, attend, beam, generator):
+    """sample.generate in the form that --graph asks for, with recorded steps. Raises ValueError
+    where nothing can be recorded, with the reason.
+    """
+    try:
+        import graphs                           # a side door
+        reason = graphs.impossible(model, rules, attend, beam)
+    except ImportError as error:
+        reason = f"there is no graphs.py here ({error})"
+    if reason:
+        raise ValueError(f"got --graph, but {reason}; expected a CUDA GPU, --beam 1 and nothing "
+                         "that only Python can decide; leave it out")
+    return graphs.Generate(generator)
+
+
+def find_step(settings, model, plain):
+    """The function for --compile, --gradient-checkpointing and --share-source: `plain`, which is
+    loss.target_nats, or another form of it. `model` is changed in place, for --pack too.
+    """
+    if settings.method == "prefix" and not settings.compile:
+        pack_weights(settings.pack, model, learning=True)
+    if settings.compile or settings.gradient_checkpointing or settings.share_source:
+        import step                             # a side door
+        return step.prepared(settings, model)
+    return plain
+
+
 def run_settings(directory):
     """The settings that a run was trained with, from its config.json."""
     path = Path(directory) / "config.json"

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from beam import Rules, search
 from data import formats, sequence
 from model import attend as written_out
-from opening import find_attention, open_model, open_run, pack_weights, run_settings
+from opening import find_attention, open_model, open_run, pack_weights, recorded, run_settings
 from plumbing import flag, parse, run, whole_file
 from prefix import load_prefix
 from reader import reader_of
@@ -73,6 +73,8 @@ class Settings:
                                       "needs a CUDA GPU and triton", choices=["explicit", "fused"])
     pack: str = flag("auto", "lay out the weights for this CPU's kernels, so that it decodes "
                              "faster; auto: where it can", choices=["auto", "yes", "no"])
+    graph: bool = flag(False, "on a GPU, without beams: record a step once and replay it, so that "
+                              "it waits for no Python")
 
 
 def choose(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
@@ -91,8 +93,10 @@ def choose(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
         p[:, top_k:] = 0
     p = p / p.sum(-1, keepdim=True)                                             # (B, V)
     if top_p < 1:
-        p[p.cumsum(-1) - p >= top_p] = 0    # the tokens in front of it already have the probability
-    pick = torch.multinomial(p, 1, generator=generator)                         # (B, 1)
+        # Not those that come when the tokens in front of them already have the probability.
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)                         # (B, V)
+    # As torch.multinomial draws, which also looks at p: a GPU would have to be waited for.
+    pick = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, True)     # (B, 1)
     return order.gather(1, pick).squeeze(1)                                     # (B,)
 
 
@@ -163,7 +167,10 @@ class Speaker:
         banned = sorted({t for text in ban for t in self.tokenizer.encode_ordinary(text)})
         self.rules = Rules(self.tokenizer.eot_token, s.max_new, s.min_new, tuple(banned),
                            s.no_repeat, **self.model.config.forced)
-        self.generator = torch.Generator(self.model.wte.weight.device).manual_seed(s.seed)
+        generator = torch.Generator(self.model.wte.weight.device).manual_seed(s.seed)
+        self.choose = lambda logits: choose(logits, s.temperature, s.top_k, s.top_p, generator)
+        self.generate = (recorded(self.model, self.rules, self.attend, s.beam, generator)
+                         if s.graph else generate)
 
     def beside(self, run):
         """The prefix of another run; it has to be of the model that the first run brought."""
@@ -211,10 +218,7 @@ class Speaker:
             found = search(reader, self.rules, s.beam, s.length_penalty, s.stop)
             rows = [row for row, _ in found]
         else:
-            rows = generate(
-                self.model, prompts, self.rules, prefix,
-                lambda logits: choose(logits, s.temperature, s.top_k, s.top_p, self.generator),
-                self.attend)
+            rows = self.generate(self.model, prompts, self.rules, prefix, self.choose, self.attend)
         return [" ".join(sequence.text_of(self.tokenizer, row).splitlines()) for row in rows]
 
 

@@ -38,7 +38,7 @@ from checkpoint import UNREADABLE, why
 from data import sequence, tasks
 from loss import batch_of, batches_of_epoch, dev_loss, target_nats, tokens_of
 from model import attend
-from opening import find_attention, name_of_dtype, open_model, pack_weights
+from opening import find_attention, find_step, name_of_dtype, open_model
 from plumbing import parse, whole_file
 from plumbing import run as run_program
 from prefix import Prefix, Prefixes, counts, keys_and_values, load_prefix, parts
@@ -312,12 +312,7 @@ def main(argv=None):
     room = room_for(settings, model, learner)
     pairs, dev = make_pairs(train_examples, dev_examples, settings, tokenizer, room)
     settings.steps = settings.steps or settings.epochs * math.ceil(len(pairs) / settings.batch_size)
-    told, nats = counts(learner, model), target_nats
-    if settings.method == "prefix" and not settings.compile:
-        pack_weights(settings.pack, model, learning=True)
-    if settings.compile or settings.gradient_checkpointing or settings.share_source:
-        import step                             # a side door
-        nats = step.prepared(settings, model)
+    told, nats = counts(learner, model), find_step(settings, model, target_nats)
     print(f"{settings.model}: {told}\n"
           f"{settings.data}: {len(pairs):,} pairs to learn from, {len(dev):,} dev pairs scored; "
           f"{settings.steps:,} steps of {settings.batch_size} -> {settings.out}")

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can tell, in one go: the kernels' resources, all tests (the compiled
-# kernels among them), attention timed. Figures go to the folder given, figures/results by default;
-# the table comes last. Usage: bash figures/gpu_check.sh [FOLDER]
+# kernels and the recorded steps of decoding among them), attention and decoding timed. Figures go
+# to the folder given, figures/results by default; the tables come last.
+# Usage: bash figures/gpu_check.sh [FOLDER]
 set -uo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-figures/results}
@@ -14,4 +15,7 @@ python3 -m pytest -q -p no:cacheprovider > "$folder/tests.txt" 2>&1 || failed=1
 tail -40 "$folder/tests.txt"
 cat "$folder/kernels-sm90.txt"
 python3 bench.py attention --out "$folder/attention.jsonl" || failed=1
+for dtype in bf16 fp32; do        # beside peft and transformers, see requirements-optional.txt
+    python3 bench.py decode --dtype "$dtype" --out "$folder/decode-$dtype.jsonl" || failed=1
+done
 exit $failed

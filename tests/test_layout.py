@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "plumbing": set(),
     "fused": set(),
     "packed": {"model"},
+    "graphs": {"model", "reader"},
     "rivals": {"model"},
     "bench_train": {"model", "data", "loss", "prefix", "rivals", "fused", "packed", "step"},
     "bench": {"plumbing", "model", "beam", "reader", "sample", "fused", "packed", "rivals",
@@ -40,7 +41,8 @@ MAY_IMPORT = {
     "denoise": {"model", "data", "loss"},
 }
 # Imports inside a function: a side door that is opened where it is needed.
-MAY_IMPORT_LATE = {"opening": {"convert", "fused", "packed"}, "train": {"baselines", "step"},
+MAY_IMPORT_LATE = {"opening": {"convert", "fused", "graphs", "packed", "step"},
+                   "train": {"baselines"}, "bench": {"graphs"},
                    "convert": {"peft_format"}, "pretrain": {"denoise"}}
 PACKAGES = {"torch", "numpy", "tiktoken", "tqdm"}
 

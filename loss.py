@@ -195,8 +195,8 @@ def target_nats(model, prefix, batch, attend=written_out):
     # Only the places where something is learned see the vocabulary head: the largest multiplication
     # of a small GPT-2, and its largest activation.
     hidden = hidden.flatten(0, 1)[place]                                            # (N, C)
-    # A compiler finds its own way to do with less.
-    if hidden.requires_grad and not (model.wte.weight.requires_grad or torch.compiler.is_compiling()):
+    frozen = hidden.requires_grad and not model.wte.weight.requires_grad
+    if frozen and not torch.compiler.is_compiling():        # a compiler has its own way to save
         return FrozenHead.apply(hidden, label, model.head)
     return nats_of(model.head(hidden), label)
 

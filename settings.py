@@ -23,7 +23,7 @@ DEFAULTS = {
         "dart": dict(lr=5e-5, epochs=10, batch_size=5, prefix_len=10),
         "world": dict(lr=3e-3, steps=200, batch_size=10, prefix_len=9),
         "world-hard": dict(lr=3e-3, steps=1500, batch_size=10, prefix_len=9),
-        "world-headlines": dict(lr=3e-3, steps=300, batch_size=10, prefix_len=9),
+        "world-headlines": dict(lr=3e-3, steps=600, batch_size=10, prefix_len=9),
         "xsum": dict(lr=5e-5, epochs=30, batch_size=14, prefix_len=100, mid_dim=800),
         "xsum-news-to-sports": dict(lr=5e-5, epochs=15, batch_size=36, prefix_len=40, mid_dim=800),
         "xsum-within-news": dict(lr=5e-5, epochs=30, batch_size=36, prefix_len=80, mid_dim=800),

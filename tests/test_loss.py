@@ -24,7 +24,8 @@ def test_the_loss_and_its_gradient_are_those_of_the_definition(model):
         model.final_logits_bias.normal_()
     hidden, label = places(model)
     label[1] = label[0]
-    ours, definition = FrozenHead.apply(hidden, label, model.head), nats_of(model.head(hidden), label)
+    ours = FrozenHead.apply(hidden, label, model.head)
+    definition = nats_of(model.head(hidden), label)
     assert (ours - definition).abs() < 1e-10
     (a,), (b,) = (torch.autograd.grad(loss / 7, hidden) for loss in (ours, definition))
     assert (a - b).abs().max() < 1e-12 and b.abs().max() > 0.01
@@ -34,7 +35,8 @@ def test_in_bf16_the_softmax_is_taken_in_fp32():
     """Would catch: sums over the vocabulary in 8 bits."""
     model = random_gpt2().to(torch.bfloat16).requires_grad_(False)
     hidden, label = places(model, torch.bfloat16)
-    ours, definition = FrozenHead.apply(hidden, label, model.head), nats_of(model.head(hidden), label)
+    ours = FrozenHead.apply(hidden, label, model.head)
+    definition = nats_of(model.head(hidden), label)
     assert ours.dtype == torch.float32 and ours.item() == pytest.approx(definition.item(), rel=1e-6)
     (a,), (b,) = (torch.autograd.grad(loss, hidden) for loss in (ours, definition))
     assert a.dtype == torch.bfloat16

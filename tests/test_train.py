@@ -332,7 +332,7 @@ def test_the_best_prefix_is_kept_and_the_run_describes_itself(task, tmp_path, ca
 
 def test_a_prefix_that_gets_worse_is_not_kept(task, tmp_path):
     """Would catch: the last prefix in place of the best."""
-    task[task.index("1e-2")] = "1"      # far too high in the end, low enough at first
+    task[task.index("1e-2")] = "5"      # far too high in the end, low enough at first
     train.main([*task, "--steps", "40", "--warmup", "40", "--out", "run"])
     dev = [x["dev_loss"] for x in lines(tmp_path / "run/log.jsonl") if "dev_loss" in x]
     assert min(dev) < min(dev[-1], dev[0]), "the learning rate was to be too high"

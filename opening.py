@@ -102,7 +102,7 @@ def pack_weights(word, model, learning=False):
     if word == "yes" and reason:
         raise ValueError(f"got --pack yes, but {reason}; expected fp32 or bf16 on a CPU; leave it "
                          "out")
-    if word != "no" and not reason:
+    if not reason and (word == "yes" or word == "auto" and packed.worthwhile(model)):
         packed.pack(model, learning)
 
 

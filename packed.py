@@ -17,6 +17,9 @@ ROWS = 8                # the layout is made for so many rows; it is good for 4 
 # For fewer rows than these oneDNN takes a kernel that reads the weights more slowly: on a Zen 5 one
 # row takes 1.1 to 1.3 times as long as four in fp32, up to 1.1 in bf16. So rows of zeros are added.
 LEAST = 4
+# Weights of fewer numbers than these stay in a CPU's cache: there is nothing to be won, and oneDNN
+# keeps a kernel for every shape of a batch.
+LARGE = 2 ** 24
 
 
 def possible(model):
@@ -30,6 +33,10 @@ def possible(model):
             and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
         return "this PyTorch has no oneDNN, or another version of it"
     return ""
+
+
+def worthwhile(model):
+    return sum(weight.numel() for weight in model.parameters()) >= LARGE
 
 
 def multiply(x, weight, bias):

@@ -71,8 +71,8 @@ class Settings:
                       choices=["auto", "fp32", "bf16", "fp64"])
     attention: str = flag("explicit", "fused: one kernel that reads the prefix without copying it; "
                                       "needs a CUDA GPU and triton", choices=["explicit", "fused"])
-    pack: str = flag("auto", "lay out the weights for this CPU's kernels, so that it decodes "
-                             "faster; auto: where it can", choices=["auto", "yes", "no"])
+    pack: str = flag("auto", "lay out the weights for this CPU's kernels, to be faster; auto: "
+                             "where it can and the model is large", choices=["auto", "yes", "no"])
     graph: bool = flag(False, "on a GPU, without beams: record a step once and replay it, so that "
                               "it waits for no Python")
 

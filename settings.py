@@ -104,7 +104,8 @@ class Settings:
     share_source: bool = flag(False, "GPT-2: a batch holds the targets of few sources and reads "
                                      "each source once; so other pairs meet in a batch")
     pack: str = flag("auto", "lay out the frozen weights for this CPU's kernels, which takes them "
-                             "twice; auto: where that works", choices=["auto", "yes", "no"])
+                             "twice; auto: where it can and the model is large",
+                     choices=["auto", "yes", "no"])
     out: str = flag("", "directory of the run; left out: out/MODEL-DATA")
     resume: str = flag("", "directory of a run to go on with; its own settings are used")
     stop_at: int = flag(0, "stop after this step as Ctrl-C would, to be resumed; 0: at the end",

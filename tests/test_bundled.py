@@ -31,18 +31,18 @@ def run(request, tmp_path_factory):
 
 
 def test_the_default_run_tells_what_it_never_learned_from(run):
-    """Under 5 % of the tables are told, or reports summarised, without the prefix; with it over
-    90 %, of reports 85 %, and of kinds that it never met over 85 and 80 %. Would catch: weights, a
-    world or defaults that no longer fit.
+    """Under 5 % of the tables are told, or reports summarised, without the prefix. With it over
+    90 % of the tables and 85 % of the reports, and over 85 and 65 % of kinds that it never met.
+    Would catch: weights, a world or defaults that no longer fit.
     """
     model, out = run
-    least = 90 if model == "tiny-gpt2" else 85
+    seen, unseen = (90, 85) if model == "tiny-gpt2" else (85, 65)
     told = sample.Speaker(sample.Settings(run=[str(out)], device="cpu", batch_size=COUNT))
     frozen = sample.Speaker(sample.Settings(run=[str(out)], device="cpu", batch_size=COUNT))
     frozen.prefixes = {name: frozen.model.no_prefix() for name in frozen.prefixes}
     assert slots(model, frozen, "test-seen") < 5 and slots(model, frozen, "test-unseen") < 5
-    assert slots(model, told, "test-seen") > least
-    assert slots(model, told, "test-unseen") > least - 5
+    assert slots(model, told, "test-seen") > seen
+    assert slots(model, told, "test-unseen") > unseen
 
 
 def test_the_default_run_leaves_the_bundled_weights_alone(run):

@@ -66,6 +66,7 @@ def test_a_run_packs_where_it_can_and_keeps_what_it_kept(model_directory, tmp_pa
     task = ["--model", str(model_directory), "--data", "tiny.jsonl", "--device", "cpu", "--steps",
             "3", "--batch-size", "4"]
     logs, told, packs, pack = {}, {}, [], packed.pack
+    monkeypatch.setattr(packed, "LARGE", 1)
     monkeypatch.setattr(packed, "pack", lambda *given: (packs.append(given[1:]), pack(*given)))
     for word in ("no", "auto"):
         train.main([*task, "--lr", "1e-2", "--pack", word, "--out", word])
@@ -81,13 +82,17 @@ def test_a_run_packs_where_it_can_and_keeps_what_it_kept(model_directory, tmp_pa
             train.main([*task, "--pack", "yes", *more])
 
 
-def test_pack_is_done_or_refused_aloud(model_directory):
-    """Would catch: --pack yes that does nothing, or float64 that is packed and fails later."""
+def test_pack_is_done_or_refused_aloud(model_directory, monkeypatch):
+    """Would catch: --pack yes that does nothing, float64 that is packed and fails later, memory
+    spent on a small model that gains nothing.
+    """
     def speaker(pack, dtype):
         return sample.Speaker(sample.Settings(model=str(model_directory), device="cpu",
                                               pack=pack, dtype=dtype))
-    for pack, dtype, expected in (("auto", "fp32", True), ("no", "fp32", False),
-                                  ("yes", "bf16", True), ("auto", "fp64", False)):
+    for pack, dtype, large, expected in (
+            ("auto", "fp32", 1, True), ("no", "fp32", 1, False), ("auto", "fp64", 1, False),
+            ("auto", "fp32", packed.LARGE, False), ("yes", "bf16", packed.LARGE, True)):
+        monkeypatch.setattr(packed, "LARGE", large)
         layer = speaker(pack, dtype).model.h[0].mlp.c_fc
         assert isinstance(layer, packed.Packed) == expected
     with pytest.raises(ValueError, match="got --pack yes, but its weights are torch.float64"):

@@ -112,7 +112,7 @@ def continuations(scores, log_p, beams, size):
 def search(reader, rules, size=5, length_penalty=1.0, stop="likely"):
     """The best text for each prompt of `reader`, and its log-probability.
 
-    reader: the batch, its prompts read (sample.Reader), with room for K texts each. size: K.
+    reader: the batch, its prompts read (reader.py), with room for K texts each. size: K.
     length_penalty: texts compete by log p / length ** penalty, the end counted. stop: when to look
     for no more: "full", as soon as K texts are finished; "likely", when no running one is better
     now than the worst of these; "sure", when none can become better. transformers calls these

@@ -270,6 +270,10 @@ def main(argv=None):
     if settings.what not in measures:
         raise ValueError(f"got {settings.what!r}; expected what to measure: {', '.join(measures)}; "
                          "`python bench.py attention`")
+    if settings.compile and settings.what != "train" or (
+            settings.data_dir and settings.what not in ("train", "dev")):
+        raise ValueError(f"got {settings.what} with --compile or --data-dir; expected them with "
+                         "train, --data-dir with dev too; leave them out")
     cuda = torch.cuda.is_available()
     device = torch.device(("cuda" if cuda else "cpu") if settings.device == "auto"
                           else settings.device)

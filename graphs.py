@@ -5,9 +5,9 @@ GPU to run them. A CUDA graph starts all of them at once; but what it replays ha
 and lies at the same addresses each time. So the cache has a fixed size, with the prefix and the
 prompt in front; what is a length elsewhere is a tensor here: which column is the newest, which are
 real, how much has been said. Lengths are rounded up, so that there are few recordings. Called by
-sample.py, for --graph. On a CPU the same steps run one by one, so that tests can compare them. Not
-here: beams, and the rule against repetition, which look at lists of tokens. Letters as in model.py;
-"room" is how many columns the cache has.
+opening.py, for sample.py --graph. On a CPU the same steps run one by one, so that tests can compare
+them. Not here: beams, and the rule against repetition, which look at lists of tokens. Letters as in
+model.py; "room" is how many columns the cache has.
 """
 import dataclasses
 
@@ -117,15 +117,18 @@ class Step:
 
     def record(self, generator):
         """`take` as a CUDA graph: from now on it is the replay."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):           # PyTorch wants a first run on another stream
-            self.take()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(generator)
-        with torch.cuda.graph(graph):
-            self.take()
+        drawn = generator.get_state()
+        with torch.cuda.device(self.real.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):       # PyTorch wants a first run on another stream
+                self.take()
+            torch.cuda.current_stream().wait_stream(side)
+            generator.set_state(drawn)          # that first run drew words that nobody will hear
+            graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(generator)
+            with torch.cuda.graph(graph):
+                self.take()
         self.take = graph.replay
 
 

@@ -2,8 +2,8 @@
 equation 2).
 
 For GPT-2 source and target are one sequence, for BART the source is the encoder's and the target
-the decoder's. Called by train.py. Not here: the optimiser (train.py), from text to tokens
-(data/sequence.py). Letters as in model.py.
+the decoder's. Called by train.py, step.py and denoise.py. Not here: the optimiser (train.py), from
+text to tokens (data/sequence.py). Letters as in model.py.
 """
 import itertools
 import typing
@@ -151,9 +151,9 @@ class FrozenHead(torch.autograd.Function):
     """nats_of(head(hidden), label), where the weights of the head do not learn.
 
     Then the way back needs one thing only, the gradient of `hidden`, and it is worked out at once:
-    d nats / d logits = softmax(logits) - onehot(label), written over the logits. So there is one
-    array (N, V) in place of four, and it is gone before the blocks' way back begins. These arrays
-    were a third of what a step of the smallest GPT-2 keeps in memory.
+    d nats / d logits = softmax(logits) - onehot(label), written over the logits. So in fp32 there
+    is one array (N, V) in place of four, in bf16 two beside the logits, and all are gone before the
+    blocks' way back begins. They were a third of the memory of the smallest GPT-2's step.
     """
 
     @staticmethod
@@ -162,14 +162,15 @@ class FrozenHead(torch.autograd.Function):
             hidden = hidden.detach().requires_grad_()                               # (N, C)
             logits = head(hidden)                                                   # (N, V)
         p = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))    # (N, V)
+        real, label = (label >= 0)[:, None], label.clamp(min=0)[:, None]            # (N, 1) each
         p -= p.amax(1, keepdim=True)
-        own = p.gather(1, label[:, None])                                           # (N, 1)
+        own = p.gather(1, label)                                                    # (N, 1)
         total = p.exp_().sum(1, keepdim=True)                                       # (N, 1)
-        p /= total
-        p.scatter_add_(1, label[:, None], torch.full_like(own, -1))
+        p *= real / total
+        p.scatter_add_(1, label, -real.to(p.dtype))
         gradient, = torch.autograd.grad(logits, hidden, p.to(logits.dtype))
         ctx.save_for_backward(gradient)                                             # (N, C)
-        return (total.log() - own).sum()
+        return ((total.log() - own) * real).sum()
 
     @staticmethod
     @once_differentiable

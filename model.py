@@ -211,7 +211,7 @@ class GPT2(nn.Module):
                              f"expected at most {self.config.n_positions} together, the positions "
                              "of this model; shorten one of them")
         x = self.wte(ids) + self.wpe(positions)                                 # (B, T, C)
-        for layer, (block, part) in enumerate(zip(self.h, prefix)):
+        for layer, (block, part) in enumerate(zip(self.h, prefix, strict=True)):
             x = block(x, part, real, layer, cache, attend)                      # (B, T, C)
         if cache is not None:
             cache.length += ids.size(1)
@@ -413,7 +413,7 @@ class BART(nn.Module):
         # BART takes no one's place, so it may even be longer than the positions.
         where = torch.arange(ids.size(1), device=ids.device)                    # (S,)
         x = self.encoder.embed(self.shared(ids), where, ids.size(1))            # (B, S, C)
-        for block, part in zip(self.encoder.layers, prefix.encoder):
+        for block, part in zip(self.encoder.layers, prefix.encoder, strict=True):
             x = block(x, part, keys, attend)                                    # (B, S, C)
         kv = [torch.stack(block.encoder_attn.keys_and_values(x)) for block in self.decoder.layers]
         return Memory(torch.stack(kv), keys[:, -ids.size(1):])              # kv (L, 2, B, H, S, D)
@@ -434,7 +434,7 @@ class BART(nn.Module):
         front = prefix.cross.size(4) + memory.kv.size(4) - memory.real.size(1)
         source = F.pad(memory.real, (front, 0), value=True)                     # (1 or B, P+S)
         x = self.decoder.embed(self.shared(ids), where, past + ids.size(1))     # (B, T, C)
-        layers = zip(self.decoder.layers, prefix.decoder, memory.kv, prefix.cross)
+        layers = zip(self.decoder.layers, prefix.decoder, memory.kv, prefix.cross, strict=True)
         for layer, (block, part, kv, cross) in enumerate(layers):
             x = block(x, part, real, kv, cross, source, layer, cache, attend)   # (B, T, C)
         if cache is not None:

@@ -1,4 +1,5 @@
-"""From words on a command line to what they mean: a device, a model, its tokenizer, a finished run.
+"""From words on a command line to what they mean: a device, a model, its tokenizer, a finished run,
+and the side doors that make things faster: attention, weights, a step of decoding or of training.
 
 train.py and sample.py call it; nothing here is about prefix-tuning. Models lie in weights/NAME, or
 anywhere; one that is known by name and not there yet is fetched by convert.py, a side door.
@@ -128,7 +129,11 @@ def find_step(settings, model, plain):
     if settings.method == "prefix" and not settings.compile:
         pack_weights(settings.pack, model, learning=True)
     if settings.compile or settings.gradient_checkpointing or settings.share_source:
-        import step                             # a side door
+        try:
+            import step                         # a side door
+        except ImportError as error:
+            raise ValueError("got --compile, --gradient-checkpointing or --share-source, but there "
+                             f"is no step.py here ({error}); leave it out") from error
         return step.prepared(settings, model)
     return plain
 

@@ -5,7 +5,7 @@ weights can be rearranged once for all. The numbers are the same; they are added
 order. Decoding gains most: a step multiplies few rows with every weight, so it is the reading of
 the weights that takes the time. In training the way back multiplies with the same weights
 transposed, which are laid out a second time; the weights themselves have no gradient.
-Only on a CPU. Called by sample.py and train.py, for --pack. Letters as in model.py.
+Only on a CPU. Called by opening.py, for --pack of sample.py and train.py. Letters as in model.py.
 """
 import torch
 from torch import nn

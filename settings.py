@@ -14,8 +14,8 @@ from plumbing import flag
 
 OWN = "your own .jsonl"
 # What a flag left out means, by method and data set: the paper's table 6, for GPT-2, of XSum for
-# BART. For the bundled world: found on its own held-out kinds (but for finetune-top2 and headlines,
-# untried). Other files: E2E's, with the paper's low-data rate.
+# BART. For the bundled world: found on its own held-out kinds (but for finetune-top2, untried).
+# Other files: E2E's, with the paper's low-data rate.
 DEFAULTS = {
     "prefix": {
         "e2e": dict(lr=8e-5, epochs=5, batch_size=10, prefix_len=5),

@@ -1,7 +1,7 @@
 """Three ways to take the same step of training: compiled, with less memory, with shared sources.
 
-None of them changes what a step computes, but for rounding. train.py opens this side door for
---compile, --gradient-checkpointing and --share-source. Not here: the loss and how sources are
+None of them changes what a step computes, but for rounding. opening.py opens this side door
+for --compile, --gradient-checkpointing and --share-source. Not here: the loss and how sources are
 shared (loss.py). Letters as in model.py.
 """
 import functools
@@ -45,6 +45,7 @@ def fixed(batch, rows, longest):
     An epoch of E2E in batches of 10 has 16 shapes, and 14 % more tokens, 15 % more places.
     """
     (B, T), N = batch.ids.shape, len(batch.place)
+    assert B <= rows, "more pairs than a full batch"
     wider, more = min(T + -T % 16, longest) - T, -N % (8 * rows)
     ids = F.pad(batch.ids, (0, wider, 0, rows - B))                             # (rows, T + wider)
     place = batch.place + batch.place // T * wider          # the rows before are longer now

@@ -143,3 +143,10 @@ def test_the_picture_tells_the_ratios_of_the_figures():
     assert rates[:4] == ["1.50 ×, 75%", "1.00 ×, 50%", "2.00 ×, 80%", "1.00 ×, 40%"]
     assert memory[:4] == ["3,000 MB", "2,000 MB", "5,000 MB", "2,500 MB"]
     assert decoding[0] == "1.50 ×\nbf16"
+
+
+def test_a_flag_that_would_do_nothing_is_refused():
+    """Would catch: figures of something else than what was asked for."""
+    for given in (["decode", "--compile"], ["attention", "--data-dir", "x"], ["dev", "--compile"]):
+        with pytest.raises(ValueError, match=f"got {given[0]} with --compile or --data-dir; expec"):
+            bench.main(given)

@@ -1,9 +1,31 @@
-"""The loss behind a frozen head: the same number and gradient, and no logits kept."""
+"""Batches of similar lengths, and the loss behind a frozen head, which keeps no logits."""
+import math
+
 import pytest
 import torch
 from conftest import random_bart, random_gpt2
 
-from loss import FrozenHead, nats_of
+from data.sequence import Pair
+from loss import FrozenHead, batches_of_epoch, nats_of
+
+
+def test_every_epoch_sees_every_pair_once_in_another_order():
+    """Would catch: pairs lost at the end of a pool, or an order that never changes."""
+    pairs = [Pair([0] * (1 + i * 7 % 40), 1) for i in range(1234)]
+    epochs = [batches_of_epoch(pairs, 10, seed=1, epoch=e) for e in (0, 1)]
+    for batches in epochs:
+        assert sorted(i for batch in batches for i in batch) == list(range(1234))
+        assert len(batches) == math.ceil(1234 / 10)
+    assert epochs[0] != epochs[1] and epochs[0] == batches_of_epoch(pairs, 10, seed=1, epoch=0)
+    assert epochs[0] != batches_of_epoch(pairs, 10, seed=2, epoch=0)
+
+
+def test_a_batch_holds_similar_lengths():
+    """Would catch: batches that are mostly padding. Random ones of these would be half padding."""
+    pairs = [Pair([0] * (1 + i * 7 % 40), 1) for i in range(2000)]
+    batches = batches_of_epoch(pairs, 10, 1, 0)
+    cells = sum(len(b) * max(len(pairs[i].ids) for i in b) for b in batches)
+    assert sum(len(p.ids) for p in pairs) > 0.9 * cells
 
 
 def places(model, dtype=torch.float64, N=9):
@@ -23,7 +45,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_definition(model):
     if hasattr(model, "final_logits_bias"):
         model.final_logits_bias.normal_()
     hidden, label = places(model)
-    label[1] = label[0]
+    label[1], label[2] = label[0], -100         # one twice, and one that is no token
     ours = FrozenHead.apply(hidden, label, model.head)
     definition = nats_of(model.head(hidden), label)
     assert (ours - definition).abs() < 1e-10

@@ -266,6 +266,26 @@ def test_a_resumed_run_shares_the_same_sources(task):
     assert log_of("unshared")[0] == log_of("whole")[0] and log_of("unshared") != log_of("whole")
 
 
+def test_the_flags_reach_the_loop_and_a_resumed_run(task, monkeypatch):
+    """Would catch: a flag without effect, which no loss would tell."""
+    calls = []
+
+    class Counted:
+        def __init__(self, rows, device):
+            calls.append("compiled")
+
+        def __call__(self, *inputs):
+            calls.append("a step of it")
+            return target_nats(*inputs)
+    monkeypatch.setattr(step, "checkpoint_blocks", lambda model: calls.append("checkpointed"))
+    monkeypatch.setattr(step, "Compiled", Counted)
+    for flag in ("--gradient-checkpointing", "--compile"):
+        train.main([*task, flag, "--stop-at", "5", "--out", flag.strip("-")])
+        train.main(["--resume", flag.strip("-")])
+    counts = [calls.count(what) for what in ("checkpointed", "compiled", "a step of it")]
+    assert counts == [2, 2, 10]
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--share-source", "--compile"], "got --compile with --share-source"),
     (["--gradient-checkpointing", "--compile"], "got --compile with .*--gradient-checkpointing"),

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import train
 from data.sequence import Pair
 from data.tasks import Example
-from loss import batches_of_epoch, collate, dev_loss, target_nats
+from loss import collate, dev_loss, target_nats
 from opening import run_settings
 from prefix import Prefix, load_prefix
 from train import Run, Settings
@@ -181,25 +181,6 @@ def test_what_is_left_out_is_what_the_paper_did(data, lr, epochs, batch_size, pr
     assert s.seed == 101                                # the official code's
     s = train.resolve(Settings(data="world", epochs=3, out=str(tmp_path / "new")))
     assert (s.epochs, s.steps) == (3, None)             # asked for: the world's own steps give way
-
-
-def test_every_epoch_sees_every_pair_once_in_another_order():
-    """Would catch: pairs lost at the end of a pool, or an order that never changes."""
-    pairs = [Pair([0] * (1 + i * 7 % 40), 1) for i in range(1234)]
-    epochs = [batches_of_epoch(pairs, 10, seed=1, epoch=e) for e in (0, 1)]
-    for batches in epochs:
-        assert sorted(i for batch in batches for i in batch) == list(range(1234))
-        assert len(batches) == math.ceil(1234 / 10)
-    assert epochs[0] != epochs[1] and epochs[0] == batches_of_epoch(pairs, 10, seed=1, epoch=0)
-    assert epochs[0] != batches_of_epoch(pairs, 10, seed=2, epoch=0)
-
-
-def test_a_batch_holds_similar_lengths():
-    """Would catch: batches that are mostly padding. Random ones of these would be half padding."""
-    pairs = [Pair([0] * (1 + i * 7 % 40), 1) for i in range(2000)]
-    batches = batches_of_epoch(pairs, 10, 1, 0)
-    cells = sum(len(b) * max(len(pairs[i].ids) for i in b) for b in batches)
-    assert sum(len(p.ids) for p in pairs) > 0.9 * cells
 
 
 def test_the_learning_rate_rises_and_falls_in_lines(model):

@@ -151,26 +151,31 @@ class FrozenHead(torch.autograd.Function):
     """nats_of(head(hidden), label), where the weights of the head do not learn.
 
     Then the way back needs one thing only, the gradient of `hidden`, and it is worked out at once:
-    d nats / d logits = softmax(logits) - onehot(label), written over the logits. So in fp32 there
-    is one array (N, V) in place of four, in bf16 two beside the logits, and all are gone before the
-    blocks' way back begins. They were a third of the memory of the smallest GPT-2's step.
+    d nats / d logits = softmax(logits) - onehot(label), written over the logits, for some rows at a
+    time. So no array (N, V) is ever whole, and none waits for the blocks' way back: they were a
+    third of the memory of a step of the smallest GPT-2.
     """
+
+    ROWS = 128      # at a time; few enough for the memory, enough to keep a multiplication fast
 
     @staticmethod
     def forward(ctx, hidden, label, head):
-        with torch.enable_grad():
-            hidden = hidden.detach().requires_grad_()                               # (N, C)
-            logits = head(hidden)                                                   # (N, V)
-        p = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))    # (N, V)
-        real, label = (label >= 0)[:, None], label.clamp(min=0)[:, None]            # (N, 1) each
-        p -= p.amax(1, keepdim=True)
-        own = p.gather(1, label)                                                    # (N, 1)
-        total = p.exp_().sum(1, keepdim=True)                                       # (N, 1)
-        p *= real / total
-        p.scatter_add_(1, label, -real.to(p.dtype))
-        gradient, = torch.autograd.grad(logits, hidden, p.to(logits.dtype))
-        ctx.save_for_backward(gradient)                                             # (N, C)
-        return ((total.log() - own) * real).sum()
+        nats, gradients = hidden.new_zeros((), dtype=torch.float32), []
+        for part, label in zip(hidden.split(FrozenHead.ROWS), label.split(FrozenHead.ROWS)):
+            with torch.enable_grad():
+                part = part.detach().requires_grad_()                               # (R, C)
+                logits = head(part)                                                 # (R, V)
+            p = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))    # (R, V)
+            real, label = (label >= 0)[:, None], label.clamp(min=0)[:, None]        # (R, 1) each
+            p -= p.amax(1, keepdim=True)
+            own = p.gather(1, label)                                                # (R, 1)
+            total = p.exp_().sum(1, keepdim=True)                                   # (R, 1)
+            p *= real / total
+            p.scatter_add_(1, label, -real.to(p.dtype))
+            gradients += torch.autograd.grad(logits, part, p.to(logits.dtype))      # (R, C)
+            nats = nats + ((total.log() - own) * real).sum()
+        ctx.save_for_backward(torch.cat(gradients))                                 # (N, C)
+        return nats
 
     @staticmethod
     @once_differentiable

@@ -28,7 +28,7 @@ def test_a_batch_holds_similar_lengths():
     assert sum(len(p.ids) for p in pairs) > 0.9 * cells
 
 
-def places(model, dtype=torch.float64, N=9):
+def places(model, dtype=torch.float64, N=300):
     """Hidden states (N, C), large enough that some words are all but certain, and labels (N,)."""
     torch.manual_seed(7)
     width = model.wte.weight.size(1)

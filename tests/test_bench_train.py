@@ -44,11 +44,11 @@ def test_all_forms_have_the_same_loss_and_gradient():
         forms = bench_train.all_forms(model, frozen, fast, start, 8, compiled=False)
         return bench_train.differences(forms, reference, batches)
     off = off_of(model)
-    assert len(off) == 8
+    assert {"ours, source shared", "peft, sdpa", "peft, eager, random"} <= off.keys()
     for name, (loss, gradient) in off.items():          # fp32's rounding over a few layers: 1e-6
         assert loss < 1e-5 and gradient < 1e-4, name
     off = off_of(half)
-    assert len(off) == 9
+    assert {"ours", "peft, autocast", "peft, autocast, random"} <= off.keys()
     own = off["ours"]                           # bf16's rounding, as large as ours finds it
     for name, (loss, gradient) in off.items():
         assert loss < 10 * own[0] + 1e-3 and gradient < 3 * own[1], name
@@ -109,7 +109,8 @@ def test_a_row_of_figures_for_each_form_of_a_step(monkeypatch, tmp_path, capsys)
     assert copied["GB/s"] > 0 and limit["GFLOP/s"] > 0 and copied["texts"].startswith("drawn")
     rates = {row["form"]: row["tokens/s"] for row in rows}
     best = max(rate for name, rate in rates.items() if name.startswith("peft"))
-    assert len(rates) == 7 and all(row["over best peft"] == row["tokens/s"] / best for row in rows)
+    assert {"ours", "ours, checkpointed", "peft, sdpa", "peft, eager, random"} <= rates.keys()
+    assert all(row["over best peft"] == row["tokens/s"] / best for row in rows)
     assert all(row["MB"] > 0 and row["loss off"] < 1e-5 for row in rows)
     assert "ours, source shared" in capsys.readouterr().out
 

@@ -22,7 +22,7 @@ def places(rows):
     """(height, row) of each bar, from the top; a gap between two sizes of batch."""
     height, before = 0, None
     for row in rows:
-        height -= 1 if row["what"] == before else 1.8
+        height -= 1 if row["what"] == before else 2.1
         before = row["what"]
         yield height, row
 
@@ -33,9 +33,9 @@ def name_bars(panel, bars):
     panel.tick_params(axis="y", length=0)
     for title in dict.fromkeys(row["what"] for _, row in bars):
         top = next(height for height, row in bars if row["what"] == title)
-        panel.text(0.01, top + 0.55, f"batches of {title}", fontsize=8, style="italic",
+        panel.text(0.01, top + 0.6, f"batches of {title}", fontsize=8, style="italic",
                    transform=panel.get_yaxis_transform())
-    panel.set_ylim(bars[-1][0] - 0.7, bars[0][0] + 1.2)
+    panel.set_ylim(bars[-1][0] - 0.7, bars[0][0] + 1.5)
     panel.spines[["top", "right"]].set_visible(False)
 
 
@@ -95,8 +95,8 @@ def draw(lines):
     training = [line for line in lines if "of the limit" in line]
     decoding = {dtype: rows for dtype in USUAL if (rows := [
         line for line in lines if line["measure"] == "decode" and line["dtype"] == dtype])}
-    heights = [3, 3, 2] if decoding else [3, 3]
-    figure = pyplot.figure(figsize=(12, 3 * len(heights)), layout="constrained")
+    heights = [4, 4, 2.5] if decoding else [4, 4]
+    figure = pyplot.figure(figsize=(12, sum(heights)), layout="constrained")
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     for column, dtype in enumerate(USUAL):
         rows = [line for line in training if line["dtype"] == dtype]

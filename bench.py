@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from beam import Rules, search
-from bench_train import dev, train
+from bench_train import dev, seconds, train
 from model import GPT2Config, attend, may_look
 from packed import pack, possible
 from plumbing import flag, parse, run, whole_file
@@ -106,35 +106,6 @@ def work(form, B, H, T, S, P, device, dtype):
 
 # ---- timing
 
-def seconds(once, device, times=20):
-    """Seconds that one call takes, the mean of a few in a row."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        for _ in range(times):
-            once()
-        return (time.perf_counter() - start) / times
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(times):
-        once()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000 / times
-
-
-def as_graph(once):
-    """The same work recorded once, to be replayed by the GPU without Python."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):               # PyTorch wants a first run on another stream
-        once()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        once()
-    return graph.replay
-
-
 def measure(shape, device, dtype, rounds):
     """{form: {"us": median microseconds, "graph us": ..., "peak MB": ...}} for one shape."""
     calls, figures = {}, {}
@@ -144,12 +115,13 @@ def measure(shape, device, dtype, rounds):
             once()
         calls[name, "us"], figures[name] = once, {}
         if device.type == "cuda":
+            from graphs import replay_of
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             once()
             figures[name]["peak MB"] = (torch.cuda.max_memory_allocated() - before) / 1e6
-            calls[name, "graph us"] = as_graph(once)
+            calls[name, "graph us"] = replay_of(once, device)
     times = {key: [] for key in calls}
     for _ in range(rounds):                     # in turns: what disturbs one disturbs all
         for key, once in calls.items():

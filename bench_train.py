@@ -18,7 +18,6 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import loss
@@ -280,21 +279,23 @@ def multiplications(model):
     return once
 
 
-def seconds(once, device):
-    """How long `once` takes; on a CPU only this process's own time: what else the machine does is
-    not our speed.
+def seconds(once, device, times=1):
+    """How long `once` takes, the mean of `times` in a row; on a CPU only this process's own time:
+    what else the machine does is not our speed.
     """
     if device.type != "cuda":
         start = time.process_time()
-        once()
-        return time.process_time() - start
+        for _ in range(times):
+            once()
+        return (time.process_time() - start) / times
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
-    once()
+    for _ in range(times):
+        once()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1000
+    return start.elapsed_time(end) / 1000 / times
 
 
 def copied(device, size=2 ** 28):

@@ -1,8 +1,9 @@
 """Pre-training of the bundled tiny BART: `python pretrain.py --model tiny-bart`.
 
 Lewis et al. 2019: the encoder reads a text whose sentences are shuffled and in which spans are
-masked, the decoder writes the text as it was. The texts are the micro-world's, those of
-pretrain.py, and the reports of its summarising task; no headline is among them.
+masked, the decoder writes the text as it was; often one sentence is masked as a whole, too (Zhang
+et al. 2020). The texts are the micro-world's, those of pretrain.py, and the reports of its
+summarising task; no headline is among them.
 pretrain.py calls it for the model, the batches, the loss and the probe; the loop, the optimisers
 and the files are its own. Not here: the summarising task (data/headlines.py). Letters as in
 model.py.

@@ -64,6 +64,27 @@ def beside(reader):
     return [*reader.prefix, F.pad(kv, (0, 0, 0, more)), F.pad(real, (0, more))]
 
 
+def replay_of(once, device, generator=None):
+    """The work of `once`, recorded as a CUDA graph on `device`: a function that replays it.
+
+    generator: what `once` draws from, if it draws.
+    """
+    drawn = None if generator is None else generator.get_state()
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):           # PyTorch wants a first run on another stream
+            once()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        if generator is not None:
+            generator.set_state(drawn)          # that first run drew what nobody will use
+            graph.register_generator_state(generator)
+        with torch.cuda.graph(graph):
+            once()
+    return graph.replay
+
+
 class Step:
     """One token for each of B texts, from tensors at fixed addresses to the same tensors."""
 
@@ -115,22 +136,6 @@ class Step:
         self.n += 1
         self.cache.newest += 1
 
-    def record(self, generator):
-        """`take` as a CUDA graph: from now on it is the replay."""
-        drawn = generator.get_state()
-        with torch.cuda.device(self.real.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):       # PyTorch wants a first run on another stream
-                self.take()
-            torch.cuda.current_stream().wait_stream(side)
-            generator.set_state(drawn)          # that first run drew words that nobody will hear
-            graph = torch.cuda.CUDAGraph()
-            graph.register_generator_state(generator)
-            with torch.cuda.graph(graph):
-                self.take()
-        self.take = graph.replay
-
 
 class Generate:
     """sample.generate with recorded steps: called alike, says the same; it keeps the recordings.
@@ -152,7 +157,8 @@ class Generate:
         if shape not in self.steps:
             self.steps[shape] = Step(reader, extra, room, rules, choose)
             if ids.is_cuda and rules.max_new > 1:
-                self.steps[shape].record(self.generator)
+                self.steps[shape].take = replay_of(self.steps[shape].take, ids.device,
+                                                   self.generator)
         step = self.steps[shape]
         step.begin(reader, extra, ids)
         for n in range(1, rules.max_new):

@@ -103,8 +103,8 @@ class Settings:
                                                "again on the way back")
     share_source: bool = flag(False, "GPT-2: a batch holds the targets of few sources and reads "
                                      "each source once; so other pairs meet in a batch")
-    pack: str = flag("auto", "lay out the frozen weights for this CPU's kernels, which takes them "
-                             "twice; auto: where it can and the model is large",
+    pack: str = flag("auto", "lay out the frozen weights for this CPU's kernels, which then take "
+                             "over twice the memory; auto: where it can and the model is large",
                      choices=["auto", "yes", "no"])
     out: str = flag("", "directory of the run; left out: out/MODEL-DATA")
     resume: str = flag("", "directory of a run to go on with; its own settings are used")

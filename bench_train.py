@@ -3,8 +3,8 @@
 All forms have the same frozen random weights, start from the same prefix of 10, learn its keys and
 values directly (no MLP: peft would evaluate its own once for each row) and end a step alike, by
 clipping and AdamW. They take turns, on the same batches where nothing else is said. A rate counts
-the real tokens of all pairs, each with its own source: neither padding nor a source that is read
-once for several targets changes what has been done. Memory is that of `added`, the limit that of
+the real tokens of all pairs, each with its own source: neither padding nor what is read once for
+several pairs changes what has been done. Memory is that of `added`, the limit that of
 `multiplications`; loss and gradient are compared with ours in fp32.
 Called by bench.py. Not here: the loss (loss.py), peft's model (rivals.py). Letters as in model.py.
 """
@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-import loss
 import packed
+from batches import Batch as OurBatch
+from batches import batch_of, batches_of_epoch, padded, tokens_of, trie
 from data import sequence, tasks
 from data.tokenizer import base_tokenizer
-from loss import batch_of, batches_of_epoch, by_source, dev_loss, target_nats, tokens_of
+from loss import dev_loss, target_nats
 from model import GPT2Config, attend
 from prefix import Prefix
 from rivals import peft_model, random_model
@@ -70,26 +71,26 @@ def some_pairs(split, config, data_dir):
 
 class Batch(typing.NamedTuple):
     """What all forms learn from, made before the clock starts."""
-    plain: loss.Batch           # as train.py has it
-    tree: loss.Batch            # the same pairs with each source once, as for --share-source
+    plain: OurBatch             # as train.py has it
+    tries: OurBatch             # the same pairs, as for --share-source
     ids: torch.Tensor           # (B, T), padded behind, as peft wants it
     real: torch.Tensor          # (B, T), 1 at a token and 0 at padding: peft wants to be told
     labels: torch.Tensor        # (B, T), the tokens again, -100 where there is no loss: peft's way
     tokens: int                 # real tokens of all pairs
     read: int                   # of these, all but the last of each pair, which nothing follows
-    once: int                   # of these, with each source counted once
     targets: int                # tokens that the loss is taken on
+    once: int                   # of those read, with what several pairs begin with counted once
+    said: int                   # of the targets, with what several learn at one place counted once
 
 
 def make_batch(pairs, model):
-    ids, real = loss.padded([pair.ids for pair in pairs])                       # (B, T) each
+    ids, real = padded([pair.ids for pair in pairs])                       # (B, T) each
     start = torch.tensor([[pair.start] for pair in pairs])                      # (B, 1)
     labels = ids.masked_fill(~real | (torch.arange(ids.size(1)) < start), -100)             # (B, T)
     ids, real, labels = (x.to(model.wte.weight.device) for x in (ids, real.long(), labels))
-    tokens, targets = sum(len(pair.ids) for pair in pairs), tokens_of(pairs)
-    once = targets - len(pairs) + sum(row[0].start for row in by_source(pairs, len(pairs)))
+    tokens, (nodes, learned) = sum(len(pair.ids) for pair in pairs), trie(pairs)
     return Batch(batch_of(model, pairs), batch_of(model, pairs, share=True), ids, real, labels,
-                 tokens, tokens - len(pairs), once, targets)
+                 tokens, tokens - len(pairs), tokens_of(pairs), len(nodes), len(learned))
 
 
 def spread(batches, count):
@@ -127,7 +128,7 @@ def ours(name, model, start, attend=attend, nats=target_nats, share=False):
 
     def mean(batch):
         prefix = learner().to(model.wte.weight.dtype)                   # (L, 2, 1, H, P, D)
-        return nats(model, prefix, batch.tree if share else batch.plain, attend) / batch.targets
+        return nats(model, prefix, batch.tries if share else batch.plain, attend) / batch.targets
     return Form(name, mean, learner.table, "tables" if share else "alike")
 
 
@@ -332,8 +333,8 @@ def one_case(title, forms, models, batches, device, rounds):
     limit = operations / min(taken[name] for name in limits)                    # in a second
     for form in forms:
         step, own = steps[form.name]
-        operations = sum(useful(config, batch.once if form.kind == "tables" else batch.read,
-                                batch.targets) for batch in own)
+        operations = sum(useful(config, batch.once, batch.said) if form.kind == "tables" else
+                         useful(config, batch.read, batch.targets) for batch in own)
         rows.append({"what": title, "form": form.name,
                      "tokens/s": sum(batch.tokens for batch in own) / taken[form.name],
                      "of the limit": operations / taken[form.name] / limit,
@@ -376,11 +377,11 @@ def train(device, dtype, rounds, data_dir, compiled=False):
 
 
 def dev(device, dtype, rounds, data_dir):
-    """Print how fast loss.dev_loss scores a dev set, each source once or pair by pair."""
+    """Print how fast loss.dev_loss scores a dev set, as tries or pair by pair."""
     size = SIZES[device.type]
-    model = random_model(size, device, dtype)
+    model = laid_out(random_model(size, device, dtype))
     learner, pairs = Prefix(size, P, mid_dim=0).to(device), some_pairs("dev", size, data_dir)
-    # To dev_loss any function but its own `attend` is one that knows no trees: partial makes one.
+    # To dev_loss any function but its own `attend` is one that knows no tries: partial makes one.
     steps = {"source shared": partial(dev_loss, model, learner),
              "pair by pair": partial(dev_loss, model, learner, attend=partial(attend))}
     losses, rows = {}, []

@@ -15,11 +15,12 @@ import re
 
 import torch
 
+from batches import padded
 from data.bpe import world_texts
 from data.headlines import report
 from data.world_text import GROUPS, document, world_thing
 from data.world_words import listed, say
-from loss import nats_of, padded
+from loss import nats_of
 from model import BART, BARTConfig
 from model import attend as written_out
 

@@ -59,11 +59,11 @@ def attend(q, k, v, pk, pv, real, causal):
         v = torch.cat((pv.expand(B, -1, -1, -1), v), 2)         # (B, H, P+S, D)
     hidden = ~may_look(real, T, causal)                         # (B, 1, T, P+S)
     scores = (q / math.sqrt(D)) @ k.transpose(2, 3)             # (B, H, T, P+S)
-    # The lowest finite number, not -inf: a row without any key would become NaN. Its weights, equal
-    # and meaningless, are then set to 0, as PyTorch's scaled_dot_product_attention has it.
-    scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(-1).masked_fill(hidden, 0)         # (B, H, T, P+S)
-    return weights @ v                                          # (B, H, T, D)
+    # So low that the softmax makes it 0, but finite, or a query without any key would become NaN.
+    low = hidden.to(q.dtype) * (torch.finfo(q.dtype).min / 2)   # (B, 1, T, P+S)
+    y = (scores + low).softmax(-1) @ v                          # (B, H, T, D)
+    # Such a query gets 0, as PyTorch's scaled_dot_product_attention has it.
+    return y.masked_fill(hidden.all(3, keepdim=True), 0)        # (B, H, T, D)
 
 
 class Cache:
@@ -88,9 +88,10 @@ class Cache:
         if end > self.kv.size(4):
             raise ValueError(f"got token {end}, but this cache has room for {self.kv.size(4)}; "
                              "make it with more room")
-        self.kv[layer, 0, :, :, self.length:end] = k
-        self.kv[layer, 1, :, :, self.length:end] = v
-        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]     # (B, H, S, D) each
+        keys, values = self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
+        keys[:, :, self.length:] = k                                            # (B, H, S, D) each
+        values[:, :, self.length:] = v
+        return keys, values
 
 
 @dataclasses.dataclass(frozen=True)

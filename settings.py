@@ -101,8 +101,8 @@ class Settings:
                                 "compiler, on a GPU triton too, and minutes at the start")
     gradient_checkpointing: bool = flag(False, "less memory for more work: compute each block "
                                                "again on the way back")
-    share_source: bool = flag(False, "GPT-2: a batch holds the targets of few sources and reads "
-                                     "each source once; so other pairs meet in a batch")
+    share_source: bool = flag(False, "a batch holds the targets of few sources, and what several "
+                                     "texts begin with is computed once; so other pairs meet")
     pack: str = flag("auto", "lay out the frozen weights for this CPU's kernels, which then take "
                              "over twice the memory; auto: where it can and the model is large",
                      choices=["auto", "yes", "no"])

@@ -1,8 +1,8 @@
-"""Three ways to take the same step of training: compiled, with less memory, with shared sources.
+"""Two ways to take the same step of training: compiled, or with less memory.
 
-None of them changes what a step computes, but for rounding. opening.py opens this side door
-for --compile, --gradient-checkpointing and --share-source. Not here: the loss and how sources are
-shared (loss.py). Letters as in model.py.
+Neither changes what a step computes, but for rounding. opening.py opens this side door for
+--compile and --gradient-checkpointing, and for --share-source, to see that it goes with them. Not
+here: the loss (loss.py), how what texts begin with is shared (batches.py). Letters as in model.py.
 """
 import functools
 import sys
@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from loss import Batch, target_nats
+from batches import Batch
+from loss import target_nats
 from model import attend as written_out
 
 
@@ -53,8 +54,8 @@ def fixed(batch, rows, longest):
     if source is not None:
         S = source[0].size(1)
         source = tuple(F.pad(x, (0, min(S + -S % 128, longest) - S, 0, rows - B)) for x in source)
-    return Batch(ids, F.pad(place, (0, more)), F.pad(batch.label, (0, more), value=-100),
-                 source=source)
+    return Batch(ids, F.pad(place, (0, more)), F.pad(batch.label, (0, more)),
+                 F.pad(batch.times, (0, more)), source=source)
 
 
 class Compiled:
@@ -91,20 +92,23 @@ class Compiled:
         return self.nats(model, prefix, batch, attend).clone()      # that is so for the loss, too
 
 
+CLASHES = (("--compile", "--share-source", "tries come in too many shapes"),
+           ("--compile", "--gradient-checkpointing", "a compiler decides what to keep itself"),
+           ("--attention fused", "--share-source", "the kernel knows no tries"),
+           ("--attention fused", "--compile", "the kernel cannot be compiled again"))
+
+
 def prepared(settings, model):
     """`target_nats` or another form of it, as the settings want it; `model` is changed in place.
 
     Raises ValueError for settings that do not go together.
     """
-    if settings.share_source and model.architecture == "bart":
-        raise ValueError("got --share-source with a BART; expected a GPT-2: only there source and "
-                         "targets are one text; leave it out")
-    if settings.attention == "fused" and (settings.share_source or settings.compile):
-        raise ValueError("got --attention fused with --share-source or --compile; expected "
-                         "--attention explicit: the kernel knows no tree, and cannot be compiled")
-    if settings.compile and (settings.share_source or settings.gradient_checkpointing):
-        raise ValueError("got --compile with --share-source or --gradient-checkpointing; expected "
-                         "it alone: a tree has too many shapes; leave one out")
+    given = {"--compile": settings.compile, "--share-source": settings.share_source,
+             "--gradient-checkpointing": settings.gradient_checkpointing,
+             "--attention fused": settings.attention == "fused"}
+    for one, other, why in CLASHES:
+        if given[one] and given[other]:
+            raise ValueError(f"got {one} with {other}; expected one of them: {why}; leave one out")
     if settings.gradient_checkpointing:
         checkpoint_blocks(model)
     if settings.compile:

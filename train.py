@@ -24,7 +24,6 @@ import shutil
 import signal
 import subprocess
 import time
-from math import inf
 from pathlib import Path
 
 # PyTorch's threads, while they wait for each other, spin: on a busy laptop that makes a small model
@@ -33,10 +32,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch  # noqa: E402
 from tqdm import tqdm
 
+from batches import batch_of, batches_of_epoch, tokens_of
 from beam import Rules
 from checkpoint import UNREADABLE, why
 from data import sequence, tasks
-from loss import batch_of, batches_of_epoch, dev_loss, target_nats, tokens_of
+from loss import dev_loss, target_nats
 from model import attend
 from opening import find_attention, find_step, name_of_dtype, open_model
 from plumbing import parse, whole_file
@@ -131,7 +131,7 @@ class Run:
         # Only what learns is handed over: the optimiser could not touch a frozen weight.
         self.optimizer = torch.optim.AdamW(learner.parameters(), lr=settings.lr, betas=(0.9, 0.999),
                                            eps=1e-8, weight_decay=settings.weight_decay)
-        self.step, self.best, self.first = 0, inf, None    # steps done; dev losses
+        self.step, self.best, self.first = 0, math.inf, None    # steps done; dev losses
 
     def begin(self, told):
         """Create the directory and write down all settings, and what was told of the sizes."""

@@ -18,5 +18,6 @@ python3 bench.py attention --out "$folder/attention.jsonl" || failed=1
 for dtype in bf16 fp32; do        # beside peft and transformers, see requirements-optional.txt
     python3 bench.py decode --dtype "$dtype" --out "$folder/decode-$dtype.jsonl" || failed=1
     python3 bench.py train --compile --dtype "$dtype" --out "$folder/train-$dtype.jsonl" || failed=1
+    python3 bench.py dev --dtype "$dtype" --out "$folder/dev-$dtype.jsonl" || failed=1
 done
 exit $failed

@@ -7,8 +7,9 @@ from torch.nn import functional as F
 
 import sample
 import train
+from batches import batch_of
 from data.sequence import Pair
-from loss import batch_of, dev_loss, target_nats
+from loss import dev_loss, target_nats
 from model import Places
 from prefix import Prefixes, load_prefix
 from settings import Settings, places_of, resolve

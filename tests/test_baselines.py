@@ -10,8 +10,9 @@ from test_train import some_pairs
 import sample
 import train
 from baselines import FineTune
+from batches import collate
 from checkpoint import load
-from loss import collate, target_nats
+from loss import target_nats
 from train import Run, Settings
 
 

@@ -27,7 +27,7 @@ def rivals_or_skip():
 
 def test_all_forms_have_the_same_loss_and_gradient():
     """Would catch: a rival that reads padding, another prefix or other weights, a loss on the
-    source too; a tree whose targets see each other.
+    source too; a trie whose targets see each other.
     """
     rivals_or_skip()
     model = bench_train.random_model(SMALL, torch.device("cpu"), torch.float32)
@@ -56,12 +56,13 @@ def test_all_forms_have_the_same_loss_and_gradient():
 
 def test_the_tokens_of_a_batch_are_counted_without_padding(model):
     """Would catch: padding sold as speed; a shared source that counts as work done."""
-    batch = make_batch([Pair([1, 2, 3, 4, 5], 3), Pair([1, 2, 3, 6], 3), Pair([7, 8], 1)], model)
+    batch = make_batch([Pair([1, 2, 3, 4, 5], 3), Pair([1, 2, 3, 4], 3), Pair([7, 8], 1)], model)
     assert (batch.tokens, batch.read, batch.targets) == (11, 8, 4)
-    # The two sources, 3 + 1, and of the targets all but each one's last: 1 + 0 + 0.
-    assert batch.once == 5
+    # The two sources, 3 + 1, and of the targets all but each one's last: 1 + 0 + 0. The 4 behind
+    # the first source is said twice.
+    assert (batch.once, batch.said) == (5, 3)
     assert batch.ids.shape == (3, 5) and batch.real.sum() == 11
-    assert batch.labels.tolist() == [[-100, -100, -100, 4, 5], [-100, -100, -100, 6, -100],
+    assert batch.labels.tolist() == [[-100, -100, -100, 4, 5], [-100, -100, -100, 4, -100],
                                      [-100, 8, -100, -100, -100]]
 
 
@@ -75,15 +76,15 @@ def test_the_limit_does_exactly_the_useful_multiplications(model):
     assert counted.get_total_flops() == useful(model.config, batch.read, batch.targets)
     start = Prefix(model.config, 3, mid_dim=0).double()
     # One source that is read once, no padding: then only attention comes on top.
-    pairs = [Pair([1, 2, 3, 4, 5, 6], 3), Pair([1, 2, 3, 7, 8], 3)]
-    form, batch = bench_train.ours("tree", model, start, share=True), make_batch(pairs, model)
+    pairs = [Pair([1, 2, 3, 4, 5, 6], 3), Pair([1, 2, 3, 4, 8, 7], 3)]
+    form, batch = bench_train.ours("tries", model, start, share=True), make_batch(pairs, model)
     with FlopCounterMode(display=False) as counted:
         form.loss(batch).backward()
     config = model.config
     # q k^T and weights v: 2 T (P+S) C operations each, and backward each twice as many. In the
     # first layer nobody asks for the gradient of q.
     one = 2 * 6 * (3 + 6) * config.n_embd
-    assert counted.get_total_flops() == useful(config, batch.once, batch.targets) + one * (
+    assert counted.get_total_flops() == useful(config, batch.once, batch.said) + one * (
         6 * config.n_layer - 1)
 
 

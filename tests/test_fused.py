@@ -3,18 +3,21 @@
 With a GPU they are compiled and run there; without one they run under Triton's interpreter (set in
 conftest.py) and are compiled for a GPU that is not there. What only a GPU can show is skipped.
 """
+import functools
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, random_gpt2
+from conftest import ROOT, random_bart, random_gpt2
 
 import train
+from batches import batch_of
 from beam import Rules
 from data.sequence import Pair
-from loss import collate, target_nats
+from loss import target_nats
 from model import attend
+from prefix import Prefix, Prefixes
 from sample import find_attention, generate
 
 pytest.importorskip("triton", reason="the fused kernels are written in Triton: pip install triton")
@@ -143,18 +146,24 @@ def test_any_layout_in_memory_is_read_right():
     assert_as_good_as_the_explicit_form(inputs, real, True)
 
 
-def test_a_model_with_fused_attention_is_that_model():
-    """Would catch: a model that hands attention something these tests did not think of."""
-    torch.manual_seed(4)
-    pairs, gradients = [Pair([3, 5, 7, 2, 16, 8], 2), Pair([4, 1, 9], 1)], []
-    start = torch.randn(3, 2, 1, 4, 5, 6)
+@pytest.mark.parametrize("kind", [
+    random_gpt2, functools.partial(random_bart, encoder_layers=1, decoder_layers=1)])
+def test_a_model_with_fused_attention_is_that_model(kind):
+    """Would catch: a model that hands attention something these tests did not think of: of BART
+    keys of another text, sources padded behind, prefixes of three lengths.
+    """
+    pairs, found = [Pair([3, 5, 7, 2, 16, 8], 2), Pair([4, 1, 9], 1)], []
     for form, dtype in ((fused.attend, torch.float32), (attend, torch.float64)):
-        prefix = start.to(DEVICE, dtype).requires_grad_()
-        batch = collate(pairs, DEVICE)
-        loss = target_nats(random_gpt2().to(DEVICE, dtype), prefix, batch, form)
-        gradients.append(torch.autograd.grad(loss, prefix)[0].double())
-    error = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
-    assert error < 1e-4                 # fp32 through 3 layers with weights of order 1
+        model = kind().to(DEVICE, dtype)
+        torch.manual_seed(4)
+        learner = (Prefix(model.config, 5, 0) if kind is random_gpt2 else
+                   Prefixes(model.config, dict(encoder=3, decoder=4, cross=5), 0))
+        learner = learner.to(DEVICE, dtype)
+        loss = target_nats(model, learner(), batch_of(model, pairs), form)
+        gradients = torch.autograd.grad(loss, list(learner.parameters()))
+        found.append(torch.cat([gradient.flatten().double() for gradient in gradients]))
+    error = (found[0] - found[1]).norm() / found[1].norm()
+    assert error < 1e-4                 # fp32 through some layers with weights of order 1
 
 
 def test_decoding_with_fused_attention_says_the_same():

@@ -1,31 +1,9 @@
-"""Batches of similar lengths, and the loss behind a frozen head, which keeps no logits."""
-import math
-
+"""The loss behind a frozen head, which keeps no logits."""
 import pytest
 import torch
 from conftest import random_bart, random_gpt2
 
-from data.sequence import Pair
-from loss import FrozenHead, batches_of_epoch, nats_of
-
-
-def test_every_epoch_sees_every_pair_once_in_another_order():
-    """Would catch: pairs lost at the end of a pool, or an order that never changes."""
-    pairs = [Pair([0] * (1 + i * 7 % 40), 1) for i in range(1234)]
-    epochs = [batches_of_epoch(pairs, 10, seed=1, epoch=e) for e in (0, 1)]
-    for batches in epochs:
-        assert sorted(i for batch in batches for i in batch) == list(range(1234))
-        assert len(batches) == math.ceil(1234 / 10)
-    assert epochs[0] != epochs[1] and epochs[0] == batches_of_epoch(pairs, 10, seed=1, epoch=0)
-    assert epochs[0] != batches_of_epoch(pairs, 10, seed=2, epoch=0)
-
-
-def test_a_batch_holds_similar_lengths():
-    """Would catch: batches that are mostly padding. Random ones of these would be half padding."""
-    pairs = [Pair([0] * (1 + i * 7 % 40), 1) for i in range(2000)]
-    batches = batches_of_epoch(pairs, 10, 1, 0)
-    cells = sum(len(b) * max(len(pairs[i].ids) for i in b) for b in batches)
-    assert sum(len(p.ids) for p in pairs) > 0.9 * cells
+from loss import FrozenHead, nats_of
 
 
 def places(model, dtype=torch.float64, N=300):
@@ -45,9 +23,11 @@ def test_the_loss_and_its_gradient_are_those_of_the_definition(model):
     if hasattr(model, "final_logits_bias"):
         model.final_logits_bias.normal_()
     hidden, label = places(model)
-    label[1], label[2] = label[0], -100         # one twice, and one that is no token
-    ours = FrozenHead.apply(hidden, label, model.head)
-    definition = nats_of(model.head(hidden), label)
+    label[1] = label[0]
+    times = torch.randint(3, label.shape).float()       # 0: no token; 2: learned by two pairs
+    ours = FrozenHead.apply(hidden, label, times, model.head)
+    definition = sum(n * nats_of(model.head(one)[None], word[None])
+                     for one, word, n in zip(hidden, label, times))
     assert (ours - definition).abs() < 1e-10
     (a,), (b,) = (torch.autograd.grad(loss / 7, hidden) for loss in (ours, definition))
     assert (a - b).abs().max() < 1e-12 and b.abs().max() > 0.01
@@ -57,7 +37,7 @@ def test_in_bf16_the_softmax_is_taken_in_fp32():
     """Would catch: sums over the vocabulary in 8 bits."""
     model = random_gpt2().to(torch.bfloat16).requires_grad_(False)
     hidden, label = places(model, torch.bfloat16)
-    ours = FrozenHead.apply(hidden, label, model.head)
+    ours = FrozenHead.apply(hidden, label, torch.ones(300), model.head)
     definition = nats_of(model.head(hidden), label)
     assert ours.dtype == torch.float32 and ours.item() == pytest.approx(definition.item(), rel=1e-6)
     (a,), (b,) = (torch.autograd.grad(loss, hidden) for loss in (ours, definition))
@@ -69,7 +49,8 @@ def test_no_array_of_the_vocabulary_waits_for_the_way_back():
     """Would catch: logits, or a softmax, kept while the blocks are gone through again."""
     model = random_gpt2().requires_grad_(False)
     hidden, label = places(model)
-    for form, keeps in ((lambda: FrozenHead.apply(hidden, label, model.head), False),
+    for form, keeps in ((lambda: FrozenHead.apply(hidden, label, torch.ones(300), model.head),
+                         False),
                         (lambda: nats_of(model.head(hidden), label), True)):    # the control
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x,

@@ -1,4 +1,4 @@
-"""The other ways to take a step take the same step: compiled, with less memory, sources shared."""
+"""The other ways to take a step take the same step: compiled, or with less memory."""
 import json
 import shutil
 
@@ -10,8 +10,9 @@ from test_bart_train import some_prefixes
 from torch.profiler import ProfilerActivity, profile
 
 import train
+from batches import batch_of
 from data.sequence import Pair
-from loss import batch_of, batches_of_epoch, by_source, collate_tree, target_nats
+from loss import target_nats
 from prefix import Prefix
 from train import Run, Settings
 
@@ -107,70 +108,6 @@ def test_a_further_layer_keeps_one_hidden_state():
     hidden = B * T * 24 * 8                         # (B, T, C) in float64
     assert hidden <= layers_cost(batch, step.checkpoint_blocks) < hidden + 64       # bookkeeping
     assert layers_cost(batch, lambda model: None) > 10 * hidden
-
-
-# ---- a source read once for all its targets
-
-def test_pairs_that_share_a_source_have_the_gradient_they_have_alone(model):
-    """Would catch: a target that sees another, a source counted once where it has six targets, a
-    mean over rows in place of pairs.
-    """
-    learner, pairs = some_learner(model), shared_pairs()
-    alone = gradients(model, learner, batch_of(model, pairs))
-    batch = batch_of(model, pairs, share=True)
-    assert batch.ids.numel() < 0.8 * batch_of(model, pairs).ids.numel()
-    for got, want in zip(gradients(model, learner, batch), alone, strict=True):
-        assert torch.allclose(got, want, rtol=1e-10, atol=1e-10 * want.abs().max())
-    thetas = []
-    for share in (False, True):         # and the whole step: batch size counts pairs, not rows
-        run = Run(Settings(lr=1e-2, steps=10, out="unused", share_source=share), model,
-                  some_learner(model))
-        run.update(pairs)
-        thetas.append(run.learner.table.detach())
-    assert torch.allclose(*thetas, rtol=1e-8)
-
-
-def test_rows_that_share_are_padded_little(model):
-    """Eight targets and two: rows of four, four and two. Would catch: the two beside all eight,
-    padded to their length, which costs nearly as much as not to share at all.
-    """
-    pairs = [Pair([*range(7), *[n] * 5], 7) for n in range(8)]
-    pairs += [Pair([*range(1, 8), *[n] * 5], 7) for n in range(2)]
-    ids = batch_of(model, pairs, share=True).ids
-    assert ids.shape == (3, 7 + 4 * 4)
-
-
-def test_a_row_may_be_longer_than_the_positions(model):
-    """What counts is how far a token sees. Would catch: padding that counts itself up to positions
-    that are not there, beside a row of many targets.
-    """
-    torch.manual_seed(5)
-    many = [Pair([5, 6, *torch.randint(257, (12,)).tolist()], 2) for _ in range(9)]
-    pairs, learner = [*many, Pair([7, 8], 1)], some_learner(model)
-    batch = collate_tree(by_source(pairs, 9), "cpu")
-    assert batch.ids.size(1) > 64
-    for got, want in zip(gradients(model, learner, batch),
-                         gradients(model, learner, batch_of(model, pairs)), strict=True):
-        assert torch.allclose(got, want, rtol=1e-10, atol=1e-10 * want.abs().max())
-
-
-def test_a_shared_epoch_sees_every_pair_once_and_keeps_sources_together():
-    """Would catch: pairs lost or seen twice, batches of another size (the number of steps of an
-    epoch would be wrong), sources torn apart, an order that is not a function of seed and epoch.
-    """
-    rng = torch.Generator().manual_seed(1)
-    pairs = [Pair([n, *range(n % 7), 0], 1 + n % 7)
-             for n in range(300) for _ in range(1 + int(torch.randint(8, (1,), generator=rng)))]
-    pairs = [pairs[i] for i in torch.randperm(len(pairs), generator=rng).tolist()]
-    epochs = [batches_of_epoch(pairs, 10, 1, epoch, share=True) for epoch in (0, 1)]
-    for batches in epochs:
-        assert sorted(i for batch in batches for i in batch) == list(range(len(pairs)))
-        assert len(batches) == -(-len(pairs) // 10)
-        assert sorted(map(len, batches))[1:] == [10] * (len(batches) - 1)
-        rows = sum(len(by_source([pairs[i] for i in batch], 10)) for batch in batches)
-        assert rows <= 300 + len(batches)           # each batch tears one source at most
-    assert epochs[0] != epochs[1]
-    assert epochs[0] == batches_of_epoch(pairs, 10, 1, 0, share=True)
 
 
 # ---- compiled
@@ -288,7 +225,7 @@ def test_the_flags_reach_the_loop_and_a_resumed_run(task, monkeypatch):
 
 @pytest.mark.parametrize("flags, words", [
     (["--share-source", "--compile"], "got --compile with --share-source"),
-    (["--gradient-checkpointing", "--compile"], "got --compile with .*--gradient-checkpointing"),
+    (["--gradient-checkpointing", "--compile"], "got --compile with --gradient-checkpointing"),
 ])
 def test_what_does_not_go_together_is_told(task, flags, words):
     """Would catch: a flag that is dropped without a word."""
@@ -296,12 +233,8 @@ def test_what_does_not_go_together_is_told(task, flags, words):
         train.main([*task, *flags])
 
 
-def test_what_a_model_or_a_kernel_cannot_share_is_told(model, bart):
-    """BART reads sources apart anyway, and the kernel knows no tree. Would catch: a traceback from
-    the middle of a step.
-    """
-    with pytest.raises(ValueError, match="got --share-source with a BART; expected a GPT-2"):
-        step.prepared(Settings(share_source=True), bart)
-    for flag in ("share_source", "compile"):
-        with pytest.raises(ValueError, match="got --attention fused with --share-source or"):
-            step.prepared(Settings(attention="fused", **{flag: True}), model)
+def test_what_the_kernel_cannot_do_is_told(model):
+    """Would catch: a traceback from the middle of a step."""
+    for name, flag in (("share_source", "--share-source"), ("compile", "--compile")):
+        with pytest.raises(ValueError, match=f"got --attention fused with {flag}; expected one"):
+            step.prepared(Settings(attention="fused", **{name: True}), model)

@@ -13,9 +13,10 @@ from conftest import ROOT, random_gpt2
 from torch.nn import functional as F
 
 import train
+from batches import collate
 from data.sequence import Pair
 from data.tasks import Example
-from loss import collate, dev_loss, target_nats
+from loss import dev_loss, target_nats
 from opening import run_settings
 from prefix import Prefix, load_prefix
 from train import Run, Settings
@@ -143,7 +144,7 @@ def test_the_dev_loss_is_the_mean_over_all_target_tokens(model):
     assert dev_loss(model, prefix, pairs, 4) == pytest.approx(nats / tokens, rel=1e-12)
 
 
-def test_a_source_read_once_for_all_its_targets_is_read_alone_for_each(model):
+def test_what_texts_begin_with_is_computed_once_and_scored_as_if_alone(model, monkeypatch):
     """Would catch: a target that sees another one, or stands at another position for its company;
     a first token predicted from the neighbour's last; a token left out or counted twice.
     """
@@ -153,13 +154,14 @@ def test_a_source_read_once_for_all_its_targets_is_read_alone_for_each(model):
              for n in lengths]
     prefix, calls = Prefix(model.config, 5, 16).double(), []
     model.register_forward_pre_hook(lambda model, args: calls.append(tuple(args[0].shape)))
+    monkeypatch.setattr("batches.BALANCE", 100)         # so narrow a model would cut the row
     for most in (6, 4, 2, 1):
         alone = sum(target_nats(model, prefix(), collate([p], "cpu")).item() for p in pairs)
         calls.clear()
         shared = dev_loss(model, prefix, pairs, most)
         assert shared == pytest.approx(alone / 14, rel=1e-12)
-        if most == 6:                           # three sources, three rows: no source twice
-            assert sum(rows for rows, _ in calls) == 3
+        if most == 6:       # the sources, and of the targets all but each one's last: once each
+            assert calls == [(1, 3 + 1 + 4 + 14 - 6)]
 
 
 def test_a_long_gradient_is_cut_to_its_length(model):

@@ -25,6 +25,18 @@ def tokens_of(pairs):
     return sum(len(pair.ids) - pair.start for pair in pairs)
 
 
+def grouped(things, key):
+    """Lists of the things that have the same key, in the order in which the keys appear."""
+    groups = {}
+    for thing in things:
+        groups.setdefault(key(thing), []).append(thing)
+    return list(groups.values())
+
+
+def source_of(pair):
+    return tuple(pair.ids[:pair.start])
+
+
 def batches_of_epoch(pairs, batch_size, seed, epoch, share=False):
     """The batches of one epoch, lists of indices: similar lengths together, in random order.
 
@@ -33,10 +45,7 @@ def batches_of_epoch(pairs, batch_size, seed, epoch, share=False):
     place. share: the pairs of one source stay together, but for those where a batch is full.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    groups = {}
-    for i, pair in enumerate(pairs):
-        groups.setdefault(tuple(pair.ids[:pair.start]) if share else i, []).append(i)
-    groups = list(groups.values())
+    groups = grouped(range(len(pairs)), lambda i: source_of(pairs[i]) if share else i)
     order, pools = torch.randperm(len(groups), generator=generator).tolist(), []
     size = max(1, 50 * batch_size * len(groups) // len(pairs))          # groups in a pool
     for i in range(0, len(order), size):
@@ -130,10 +139,8 @@ def collate_tries(rows, device):
 
 def by_source(pairs, most):
     """Lists of pairs that have a source in common, at most so many in each."""
-    groups = {}
-    for pair in pairs:
-        groups.setdefault(tuple(pair.ids[:pair.start]), []).append(pair)
-    return [group[i:i + most] for group in groups.values() for i in range(0, len(group), most)]
+    return [group[i:i + most] for group in grouped(pairs, source_of)
+            for i in range(0, len(group), most)]
 
 
 def in_rows(pairs, C):
@@ -148,19 +155,14 @@ def in_rows(pairs, C):
     new = [len(ids) - n for ids, n in zip(read[1:], old)]       # finds there, and that it brings
     total = list(itertools.accumulate(new))
 
-    def rows_where(row):
-        rows = {}
-        for i in range(len(pairs)):
-            rows.setdefault(row(i), []).append(i)
-        return list(rows.values())
-
-    def work(rows):
+    def work(rows):                                             # rows of numbers of pairs
         T = max(old[row[0]] + sum(new[i] for i in row) for row in rows)
         return len(rows) * T * (T + BALANCE * C)
     most = 1 + 3 * total[-1] // C           # shorter rows would not become faster by being cut
-    ways = [rows_where(lambda i: (total[i] - 1) * count // total[-1])
+    numbers = range(len(pairs))
+    ways = [grouped(numbers, lambda i: (total[i] - 1) * count // total[-1])
             for count in range(1, most + 1)]
-    ways.append(rows_where(lambda i: tuple(pairs[i].ids[:pairs[i].start])))
+    ways.append(grouped(numbers, lambda i: source_of(pairs[i])))
     return [[pairs[i] for i in row] for row in min(ways, key=work)]
 
 
@@ -176,11 +178,12 @@ def batch_of(model, pairs, share=False):
         if not share:
             return collate(pairs, device)
         return collate_tries(in_rows(pairs, model.config.n_embd), device)
+
+    def cells(rows):        # B * (S + T), padding too
+        return len(rows) * (max(row[0].start for row in rows) + max(map(tokens_of, rows)))
     rows = [[pair] for pair in pairs]
-    if share:       # whole groups, or halves of them and smaller: whatever is padded least
-        ways = (by_source(pairs, most) for most in range(1, len(pairs) + 1))
-        rows = min(ways, key=lambda rows: len(rows) * (max(row[0].start for row in rows)
-                                                       + max(map(tokens_of, rows))))
+    if share:               # whole groups, or halves of them and smaller: what computes least
+        rows = min((by_source(pairs, most) for most in range(1, len(pairs) + 1)), key=cells)
     begin = [model.config.decoder_start_token_id]
     said = [[Pair(begin + p.ids[p.start:], 1) for p in row] for row in rows]
     targets = collate_tries(said, "cpu") if share else collate([p for p, in said], "cpu")

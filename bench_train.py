@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import packed
 from batches import Batch as OurBatch
-from batches import batch_of, batches_of_epoch, padded, tokens_of, trie
+from batches import batch_of, batches_of_epoch, by_source, padded, tokens_of, trie
 from data import sequence, tasks
 from data.tokenizer import base_tokenizer
 from loss import dev_loss, target_nats
@@ -235,17 +235,24 @@ def added(once, device):
     return most
 
 
-def useful(config, read, targets):
-    """Floating point operations that a step cannot do without, of the frozen weights.
+def scoring(config, read, targets):
+    """Floating point operations that the loss of some tokens cannot do without.
 
-    `read` tokens times a weight (in, out) are 2 * read * in * out operations, and on the way back
-    the gradient for these tokens, by the same weight, takes as many. Weights that do not learn want
-    no gradient. Nothing that learns stands in front of the first c_attn: it has no way back. Only
-    `targets` tokens need the head. Attention's scores, about 1 % at these lengths, are left out.
+    `read` tokens times a weight (in, out) are 2 * read * in * out operations. Only `targets` tokens
+    need the head. Attention's scores, about 1 % at these lengths, are left out.
     """
     C = config.n_embd
     blocks = config.n_layer * 12 * C * C        # c_attn 3 C * C, c_proj 1, c_fc 4, c_proj 4
-    return 4 * blocks * read - 2 * 3 * C * C * read + 4 * C * config.vocab_size * targets
+    return 2 * blocks * read + 2 * C * config.vocab_size * targets
+
+
+def useful(config, read, targets):
+    """The same of a step: on the way back the gradient for these tokens takes as many.
+
+    Weights that do not learn want no gradient. Nothing that learns stands in front of the first
+    c_attn: it has no way back.
+    """
+    return 2 * scoring(config, read, targets) - 2 * 3 * config.n_embd ** 2 * read
 
 
 def multiplications(model):
@@ -384,17 +391,24 @@ def dev(device, dtype, rounds, data_dir):
     # To dev_loss any function but its own `attend` is one that knows no tries: partial makes one.
     steps = {"source shared": partial(dev_loss, model, learner),
              "pair by pair": partial(dev_loss, model, learner, attend=partial(attend))}
-    losses, rows = {}, []
+    losses, rows, most = {}, [], 16             # as many as train.py scores at once
+    # The multiplications that each form cannot do without.
+    groups = {"source shared": by_source(pairs, most), "pair by pair": by_source(pairs, 1)}
+    counts = {name: [sum(map(len, parts)) for parts in zip(*map(trie, rows))]
+              for name, rows in groups.items()}
+    needed = {name: scoring(size, read, targets) for name, (read, targets) in counts.items()}
 
     def score(name, pairs):
-        losses[name] = steps[name](pairs, 16)   # as many as train.py scores at once
+        losses[name] = steps[name](pairs, most)
     taken = in_turns({name: (partial(score, name), [pairs]) for name in steps}, device, rounds)
     rate = {name: sum(len(pair.ids) for pair in pairs) / taken[name] for name in steps}
     for name in steps:
         row = {"what": f"{TABLES['dev']} tables, {len(pairs)} pairs", "form": name,
                "tokens/s": rate[name], "over pair by pair": rate[name] / rate["pair by pair"],
+               "by multiplications": needed["pair by pair"] / needed[name],
                "loss": losses[name], "texts": "E2E" if data_dir else "drawn"}
         print(f"{row['what']:28}{name:16}{row['tokens/s']:>8.0f} tokens/s"
-              f"{row['over pair by pair']:>7.2f}   loss {row['loss']:.6f}", flush=True)
+              f"{row['over pair by pair']:>7.2f}, by multiplications alone "
+              f"{row['by multiplications']:.2f}   loss {row['loss']:.6f}", flush=True)
         rows.append(row)
     return rows

@@ -61,12 +61,15 @@ def target_nats(model, prefix, batch, attend=written_out):
     every real token, where the causal mask hides it already, or what tries are told in its place.
     """
     ids, place, label, times, look, source = batch
-    bart, real = source is not None, None
+    real = None
     if look is not None:        # all see the prefix
-        front = (prefix.decoder if bart else prefix).size(4)
-        real = F.pad(look, (front, 0), value=True)                                  # (B, T, P+T)
-    read = {"memory": model.encode(*source, prefix, attend)} if bart else {}
-    hidden = model(ids, prefix, real, attend=attend, **read)                        # (B, T, C)
+        own = prefix if source is None else prefix.decoder
+        real = F.pad(look, (own.size(4), 0), value=True)                            # (B, T, P+T)
+    if source is None:
+        hidden = model(ids, prefix, real, attend=attend)                            # (B, T, C)
+    else:
+        memory = model.encode(*source, prefix, attend)
+        hidden = model(ids, prefix, real, attend=attend, memory=memory)             # (B, T, C)
     # Only the places where something is learned see the vocabulary head: the largest multiplication
     # of a small GPT-2, and its largest activation.
     hidden = hidden.flatten(0, 1)[place]                                            # (N, C)

@@ -26,7 +26,11 @@ def find(folder, names):
 
 def read_text(path):
     """The text of a file, unpacked where it is gzip, whatever its name says."""
-    raw = Path(path).read_bytes()
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"got {path}, which cannot be read ({error.strerror}); expected a file; "
+                         "correct the name") from error
     if raw[:2] == b"\x1f\x8b":                              # the two bytes that open a gzip file
         try:
             raw = gzip.decompress(raw)

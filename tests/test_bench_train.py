@@ -124,6 +124,8 @@ def test_the_dev_set_scores_the_same_with_each_source_read_once(monkeypatch, tmp
     bench.main(["dev", "--device", "cpu", "--rounds", "1", "--out", str(out)])
     once, apart = [json.loads(line) for line in out.read_text().splitlines()]
     assert abs(once["loss"] - apart["loss"]) < 1e-5             # fp32, in another order
+    # There are 8 references for each table.
+    assert apart["by multiplications"] == 1 < once["by multiplications"] < 8
     assert once["over pair by pair"] == once["tokens/s"] / apart["tokens/s"]
 
 

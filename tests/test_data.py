@@ -278,7 +278,9 @@ def test_an_unknown_name_is_answered_with_the_known_ones(name, split, told):
 
 
 def test_an_empty_or_damaged_file_is_named(tmp_path):
-    """Would catch a run on no data, whose loss is NaN, and zlib's own words."""
+    """Would catch a run on no data, whose loss is NaN, and zlib's or the system's own words."""
+    with pytest.raises(ValueError, match="got .*none.txt, which cannot be read .*; correct the"):
+        formats.read_text(tmp_path / "none.txt")
     path = write(tmp_path / "my.jsonl", "\n")
     assert f"{path}: got an empty file" in error_of(load, str(path), "train")
     write(path, jsonl({"source": "a", "target": "b"}) * 3)

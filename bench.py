@@ -12,7 +12,7 @@ it (sdpa; where padding forces a mask on it, sdpa+mask), and fused.py where ther
 Training is forward and backward, decoding one query a row. On a GPU a second column replays the
 same work as a CUDA graph: what is left when Python and the launches cost nothing.
 `decode`: a GPT-2 with random weights answers a batch, with a prefix, by our generate and by peft's.
-`train` and `dev` are bench_train.py's.
+`train` and `dev` are bench_train.py's. A bench that is stopped keeps what it has measured.
 """
 import copy
 import dataclasses
@@ -30,8 +30,9 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from beam import Rules, search
-from bench_train import dev, seconds, train
-from model import GPT2Config, attend, may_look
+from bench_train import SIZES, dev, seconds, train
+from model import attend, may_look
+from opening import decide_device, name_of_dtype
 from packed import pack, possible
 from plumbing import flag, parse, run, whole_file
 from reader import GPT2Reader
@@ -56,7 +57,8 @@ class Settings:
     what: str = flag("", "attention, decode, train or dev")
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     dtype: str = flag("auto", "auto: bf16 on a GPU, else fp32", choices=["auto", "fp32", "bf16"])
-    rounds: int = flag(0, "turns that each form takes; 0: 50 on a GPU, 5 on a CPU")
+    rounds: int = flag(0, "turns that each form takes; 0: 5, on a GPU 10, of attention 50",
+                       within=(0, 10 ** 6))
     data_dir: str = flag("", "train and dev take E2E's texts from here; left out: lengths like "
                              "E2E's are drawn")
     compile: bool = flag(False, "train: our step compiled, too; takes minutes more")
@@ -132,8 +134,7 @@ def measure(shape, device, dtype, rounds):
 
 
 def attention(device, dtype, rounds):
-    """Print the table of all shapes; return one row of figures for each form and shape."""
-    rows = []
+    """Print the table of all shapes; yield one row of figures for each form and shape."""
     print(f"{'':24}{'form':>11}{'us':>10}{'/ best other':>14}{'graph us':>10}{'/ best other':>14}"
           f"{'peak MB':>9}")
     for title, shape in SHAPES.items():
@@ -144,23 +145,24 @@ def attention(device, dtype, rounds):
                 if column in told:
                     best = min(other[column] for n, other in figures.items() if n != name)
                     ratio[column] = told[column] / best
-            rows.append({"what": title, "form": name, **dict(zip("BHTSP", shape)), **told,
-                         "over best other": ratio})
             cells = [f"{told[c]:>10.1f}{ratio[c]:>14.2f}" if c in told else f"{'-':>10}{'-':>14}"
                      for c in ("us", "graph us")]
             memory = f"{told['peak MB']:>9.1f}" if "peak MB" in told else f"{'-':>9}"
             print(f"{title if name == 'explicit' else '':24}{name:>11}{''.join(cells)}{memory}",
                   flush=True)
-    return rows
+            yield {"what": title, "form": name, **dict(zip("BHTSP", shape)), **told,
+                   "over best other": ratio}
 
 
 # ---- decoding beside peft and transformers
 
 DECODING = {  # sources at once, beams
-    "greedy, 1 source": (1, 1), "greedy, 8 sources": (8, 1), "5 beams, 1 source": (1, 5),
-    "5 beams, 8 sources": (8, 5),
+    "cpu": {"greedy, 1 source": (1, 1), "greedy, 8 sources": (8, 1), "5 beams, 1 source": (1, 5),
+            "5 beams, 8 sources": (8, 5)},
+    "cuda": {"greedy, 1 source": (1, 1), "greedy, 8 sources": (8, 1), "greedy, 32 sources": (32, 1),
+             "greedy, 256 sources": (256, 1), "5 beams, 1 source": (1, 5),
+             "5 beams, 32 sources": (32, 5)},
 }
-SIZE = GPT2Config()                             # the smallest GPT-2
 P, SAID = 10, 40                                # prefix; tokens that every text is made to have
 
 
@@ -191,7 +193,7 @@ def their_words(theirs):
 
 def speakers(device, dtype):
     """{form: function of prompts and beams}; the first is how sample.py decodes here."""
-    model = random_model(SIZE, device, dtype)
+    model = random_model(SIZES[device.type], device, dtype)
     L, _, _, H, _, D = model.no_prefix().shape
     prefix = torch.randn(L, 2, 1, H, P, D, device=device, dtype=dtype)
     found = {"ours": our_words(model, prefix)}
@@ -208,14 +210,17 @@ def speakers(device, dtype):
 
 
 def decode(device, dtype, rounds):
-    """Print a table of tokens a second; return one row of figures for each form and case."""
-    forms, rows = speakers(device, dtype), []
-    rng = random.Random(0)
+    """Print a table of tokens a second; yield one row of figures for each form and case."""
+    everyone, rng = speakers(device, dtype), random.Random(0)
+    V = SIZES[device.type].vocab_size
     # On a CPU only this process's own time: what else the machine does is not our speed.
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     print(f"{'':24}{'form':>14}{'tokens/s':>10}{'ours / it':>11}{'same words':>12}")
-    for title, (B, beams) in DECODING.items():
-        prompts = [[rng.randrange(1, SIZE.vocab_size) for _ in range(rng.randint(25, 45))]
+    for title, (B, beams) in DECODING[device.type].items():
+        # Beams are not recorded anyway.
+        forms = {name: form for name, form in everyone.items()
+                 if beams == 1 or name != "not recorded"}
+        prompts = [[rng.randrange(1, V) for _ in range(rng.randint(25, 45))]
                    for _ in range(B)]           # tables of 35 tokens on average
         said = {name: form(prompts, beams) for name, form in forms.items()}     # warms up, too
         times = {name: [] for name in forms}
@@ -227,11 +232,10 @@ def decode(device, dtype, rounds):
         rate = {name: B * SAID / statistics.median(t) for name, t in times.items()}
         for name in forms:
             alike = sum(x == y for x, y in zip(said[name], said["ours"]))
-            rows.append({"what": title, "form": name, "tokens/s": rate[name],
-                         "ours over it": rate["ours"] / rate[name], "same words": f"{alike}/{B}"})
             print(f"{title if name == 'ours' else '':24}{name:>14}{rate[name]:>10.1f}"
                   f"{rate['ours'] / rate[name]:>11.2f}{alike:>9}/{B}", flush=True)
-    return rows
+            yield {"what": title, "form": name, "tokens/s": rate[name],
+                   "ours over it": rate["ours"] / rate[name], "same words": f"{alike}/{B}"}
 
 
 def main(argv=None):
@@ -246,29 +250,27 @@ def main(argv=None):
             settings.data_dir and settings.what not in ("train", "dev")):
         raise ValueError(f"got {settings.what} with --compile or --data-dir; expected them with "
                          "train, --data-dir with dev too; leave them out")
-    cuda = torch.cuda.is_available()
-    device = torch.device(("cuda" if cuda else "cpu") if settings.device == "auto"
-                          else settings.device)
-    if device.type == "cuda" and not cuda:
-        raise ValueError(f"got --device {device}, but PyTorch sees no CUDA; use --device cpu")
-    name = {"auto": "bf16" if device.type == "cuda" else "fp32"}.get(settings.dtype, settings.dtype)
-    rounds = settings.rounds or (50 if device.type == "cuda" else 5)
+    device, dtype = decide_device(settings.device, settings.dtype)
+    rounds = settings.rounds or (5 if device.type != "cuda" else
+                                 50 if settings.what == "attention" else 10)
     if device.type == "cuda":
-        torch.cuda.set_device(device)           # events and graphs belong to the current GPU
+        if device.index is not None:
+            torch.cuda.set_device(device)       # events and graphs belong to the current GPU
     else:
         # Several threads wait for each other by spinning: CPU time that is nobody's work.
         torch.set_num_threads(1)
     machine = (torch.cuda.get_device_name() if device.type == "cuda"
                else platform.processor() or platform.machine())
     about = {"measure": settings.what, "machine": machine, "torch": torch.__version__,
-             "dtype": name, "rounds": rounds, "date": datetime.date.today().isoformat(),
-             "threads": torch.get_num_threads()}
+             "dtype": name_of_dtype(dtype), "rounds": rounds, "threads": torch.get_num_threads(),
+             "date": datetime.date.today().isoformat()}
     print(" ".join(f"{key} {value}" for key, value in about.items()))
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
-    rows = measures[settings.what](device, dtype, rounds)
-    if settings.out:
-        with whole_file(Path(settings.out), "w") as file:
-            file.writelines(json.dumps(about | row) + "\n" for row in rows)
+    lines = []
+    for row in measures[settings.what](device, dtype, rounds):
+        lines.append(json.dumps(about | row) + "\n")
+        if settings.out:
+            with whole_file(Path(settings.out), "w") as file:
+                file.writelines(lines)
 
 
 if __name__ == "__main__":

@@ -200,23 +200,20 @@ def keys_kernel(q, k, v, real, out, lse, grad, dk, dv, B, H, T, K, N, first, sha
 
 # ---- the kernels as a function that autograd knows
 
-def tiles(q, P, S, causal):
-    """What the two kernels that own queries are compiled for; another value, another build."""
+def tiles(q, keys, causal, owned="queries"):
+    """What a kernel is compiled for, by what its programs own; another value, another build.
+
+    Where they own keys, two sums, dk and dv, stay on the chip. So: half as many queries at a time,
+    twice the threads (8 warps of 32), and no loads ahead of time (1 stage), which need room, too.
+    """
     T, D = q.shape[2:]
     bytes_of_row = D * q.element_size()
     most = 64 if bytes_of_row <= 128 else 32 if bytes_of_row <= 256 else 16     # found by compiling
-    return dict(CAUSAL=causal, D=D, BLOCK_T=min(most, power_of_2(T)),
-                BLOCK_K=min(most, power_of_2(P + S)))
-
-
-def tiles_of_keys(q, N, causal):
-    """The same for the kernel that owns keys. Two sums, dk and dv, stay on the chip there.
-
-    So: half as many queries at a time, twice the threads (8 warps of 32), and no loads ahead of
-    time (1 stage), whose buffers would not fit either.
-    """
-    sizes = tiles(q, 0, N, causal)
-    return sizes | dict(BLOCK_T=max(16, sizes["BLOCK_T"] // 2), num_warps=8, num_stages=1)
+    sizes = dict(CAUSAL=causal, D=D, BLOCK_T=min(most, power_of_2(T)),
+                 BLOCK_K=min(most, power_of_2(keys)))
+    if owned == "keys":
+        sizes |= dict(BLOCK_T=max(16, sizes["BLOCK_T"] // 2), num_warps=8, num_stages=1)
+    return sizes
 
 
 def steps(x):
@@ -230,11 +227,11 @@ def alike(*tensors):
     return tensors if same else [x.contiguous() for x in tensors]
 
 
-def key_gradients(ctx, k, v, first, g):
+def key_gradients(ctx, saved, k, v, first, g):
     """dk and dv, (1 or B, H, N, D) each, of N keys: the keys first, first + 1, ... of all K."""
-    q, _, _, _, _, real, out, lse = ctx.saved_tensors
+    q, _, _, _, _, real, out, lse = saved
     (B, H, T, D), (rows, _, N, _), K = q.shape, k.shape, real.size(1)
-    sizes, share, dtype = tiles_of_keys(q, N, ctx.sizes["CAUSAL"]), 1, k.dtype
+    sizes, share, dtype = tiles(q, N, ctx.sizes["CAUSAL"], "keys"), 1, k.dtype
     count = math.ceil(N / sizes["BLOCK_K"])                 # tiles of keys
     if rows < B:        # shared by the batch: sums over some rows in fp32, then the sum of these
         share, dtype = math.ceil(B / max(1, PROGRAMS // max(1, H * count))), torch.float32
@@ -257,7 +254,7 @@ class Attend(torch.autograd.Function):
         out = q.new_empty(B, T, H, D)                                           # (B, T, H, D)
         lse = q.new_empty(B, H, T, dtype=torch.float32)                         # (B, H, T)
         ctx.numbers = H, T, S, P, *steps(q), *steps(k), *steps(pk), *steps(real)
-        ctx.sizes = tiles(q, P, S, causal)
+        ctx.sizes = tiles(q, P + S, causal)
         ctx.grid = math.ceil(T / ctx.sizes["BLOCK_T"]), H, B
         tensors = q, k, v, pk, pv, real, out, lse
         forward_kernel[ctx.grid](*tensors, *ctx.numbers, **ctx.sizes)
@@ -268,15 +265,16 @@ class Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         g, need = g.transpose(1, 2).contiguous(), ctx.needs_input_grad          # (B, T, H, D)
-        _, k, v, pk, pv, _, out, _ = ctx.saved_tensors
+        saved = ctx.saved_tensors       # once: a second time gradient checkpointing forbids
+        _, k, v, pk, pv, _, out, _ = saved
         dq = dk = dv = dpk = dpv = None
         if need[0]:
             dq = torch.empty_like(out).transpose(1, 2)                          # (B, H, T, D)
-            queries_kernel[ctx.grid](*ctx.saved_tensors, g, dq, *ctx.numbers, **ctx.sizes)
+            queries_kernel[ctx.grid](*saved, g, dq, *ctx.numbers, **ctx.sizes)
         if need[1] or need[2]:
-            dk, dv = key_gradients(ctx, k, v, pk.size(2), g)
+            dk, dv = key_gradients(ctx, saved, k, v, pk.size(2), g)
         if need[3] or need[4]:
-            dpk, dpv = key_gradients(ctx, pk, pv, 0, g)
+            dpk, dpv = key_gradients(ctx, saved, pk, pv, 0, g)
         return dq, dk, dv, dpk, dpv, None, None
 
 

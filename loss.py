@@ -26,12 +26,12 @@ class FrozenHead(torch.autograd.Function):
     third of the memory of a step of the smallest GPT-2.
     """
 
-    ROWS = 128      # at a time; few enough for the memory, enough to keep a multiplication fast
-
     @staticmethod
     def forward(ctx, hidden, label, times, head):
         nats, gradients = hidden.new_zeros((), dtype=torch.float32), []
-        parts = (x.split(FrozenHead.ROWS) for x in (hidden, label[:, None], times[:, None]))
+        # Few enough for the memory, enough to keep a multiplication fast.
+        rows = 128 if hidden.device.type == "cpu" else 1024
+        parts = (x.split(rows) for x in (hidden, label[:, None], times[:, None]))
         for part, label, times in zip(*parts):                      # (R, C), (R, 1), (R, 1)
             with torch.enable_grad():
                 part = part.detach().requires_grad_()                               # (R, C)

@@ -27,10 +27,12 @@ def peft_model(ours, prefix, attention):
         raise ValueError(f"got no package {error.name}; expected it, to compare with; `pip install "
                          "-r requirements-optional.txt`") from error
     c, like = ours.config, ours.wte.weight
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+    config = transformers.GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.n_positions, n_embd=c.n_embd, n_layer=c.n_layer,
         n_head=c.n_head, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-        attn_implementation=attention))
+        attn_implementation=attention)
+    with torch.device(like.device):             # a GPU draws weights faster, to be replaced
+        theirs = transformers.GPT2LMHeadModel(config)
     state = {f"transformer.{name}": x.T if name.endswith(GPT2.checkpoint_transposed) else x
              for name, x in ours.state_dict().items()}
     theirs.load_state_dict(state | {"lm_head.weight": like})

@@ -74,8 +74,9 @@ class Compiled:
             raise ValueError(f"got --compile, but nothing can be compiled here ({reason}); "
                              "expected a C++ compiler, on a GPU triton too; install one or leave "
                              "it out") from error
+        torch._dynamo.config.recompile_limit = 256          # a shape is a compilation; 8 by default
         # fullgraph: what cannot be compiled is an error, never slow unasked.
-        self.nats = torch.compile(target_nats, fullgraph=True, dynamic=False, recompile_limit=256,
+        self.nats = torch.compile(target_nats, fullgraph=True, dynamic=False,
                                   mode="reduce-overhead" if device.type == "cuda" else "default")
 
     def __call__(self, model, prefix, batch, attend=written_out):

@@ -1,23 +1,41 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can tell, in one go: the kernels' resources, all tests (the compiled
-# kernels and the recorded steps of decoding among them), attention, decoding and training timed.
-# Figures go to the folder given, figures/results by default; the tables come last.
-# Usage: bash figures/gpu_check.sh [FOLDER]
+# Everything that only a GPU can tell: the kernels' resources and all tests (the compiled kernels,
+# the recorded steps of decoding and of training among them), then attention, decoding, training and
+# a dev set timed, beside peft and transformers (see requirements-optional.txt).
+# Usage: bash figures/gpu_check.sh [FOLDER [PART ...]]
+# Figures go to the folder, figures/results/gpu by default, case by case as they are measured.
+# Without parts, all of PARTS below in turn; each has LIMIT seconds (default 3600) and no more.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-folder=${1:-figures/results}
-mkdir -p "$folder"
+PARTS="tests attention train-bf16 decode-bf16 train-fp32 decode-fp32 dev-bf16"
+folder=${1:-figures/results/gpu}
+shift
 failed=0
-nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || failed=1
+limited() { timeout --signal=INT "${LIMIT:-3600}" "$@" || failed=1; }
+if ! python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "got no GPU that PyTorch can use; expected CUDA; \`python bench.py\` times a CPU" >&2
+    exit 2
+fi
+mkdir -p "$folder"
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 python3 -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
-python3 tests/compile_kernels.py > "$folder/kernels-sm90.txt" 2>&1 || failed=1
-python3 -m pytest -q -p no:cacheprovider > "$folder/tests.txt" 2>&1 || failed=1
-tail -40 "$folder/tests.txt"
-cat "$folder/kernels-sm90.txt"
-python3 bench.py attention --out "$folder/attention.jsonl" || failed=1
-for dtype in bf16 fp32; do        # beside peft and transformers, see requirements-optional.txt
-    python3 bench.py decode --dtype "$dtype" --out "$folder/decode-$dtype.jsonl" || failed=1
-    python3 bench.py train --compile --dtype "$dtype" --out "$folder/train-$dtype.jsonl" || failed=1
-    python3 bench.py dev --dtype "$dtype" --out "$folder/dev-$dtype.jsonl" || failed=1
+# Triton compiles each kernel for each shape of the tests: several processes, where that can be.
+python3 -c 'import xdist' 2> /dev/null && many="-n 8"
+for part in ${@:-$PARTS}; do
+    echo "== $part"
+    case $part in
+        tests)
+            limited python3 -m pytest -q -p no:cacheprovider ${many:-} > "$folder/tests.txt" 2>&1
+            limited python3 tests/compile_kernels.py >> "$folder/tests.txt" 2>&1
+            tail -80 "$folder/tests.txt" ;;
+        attention)
+            limited python3 bench.py attention --out "$folder/attention.jsonl" ;;
+        train-* | decode-* | dev-*)
+            compile=; [[ $part == train-* ]] && compile=--compile
+            limited python3 bench.py "${part%-*}" $compile --dtype "${part#*-}" \
+                --out "$folder/$part.jsonl" ;;
+        *)
+            echo "got the part $part; expected some of: $PARTS" >&2; failed=1 ;;
+    esac
 done
 exit $failed

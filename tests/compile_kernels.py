@@ -61,9 +61,9 @@ def main(pairs):
     for pair in pairs or [f"{name}:{D}" for name in TYPES for D in (64, 128, 80)]:
         name, D = pair.split(":")
         q = torch.empty(32, 16, 96, int(D), dtype=TYPES[name], device="meta")      # (B, H, T, D)
-        owners = fused.tiles(q, P=10, S=96, causal=True)
+        owners = fused.tiles(q, 10 + 96, causal=True)
         for kernel, sizes in ((fused.forward_kernel, owners), (fused.queries_kernel, owners),
-                              (fused.keys_kernel, fused.tiles_of_keys(q, 96, causal=True))):
+                              (fused.keys_kernel, fused.tiles(q, 96, True, "keys"))):
             built = build(kernel, name, sizes)
             registers, stack = resources(built)
             ptx = built.asm["ptx"]

@@ -22,6 +22,17 @@ def test_what_is_timed_is_the_same_function():
             assert (out - expected).abs().max() < 1e-10     # float64, in another order: 1e-15
 
 
+def test_a_bench_that_is_stopped_keeps_what_it_has_measured(tmp_path, monkeypatch):
+    """Would catch: figures that are written at the end only, after an hour."""
+    monkeypatch.setattr(bench, "SHAPES", {"small": (2, 2, 4, 4, 3), "broken": (2, 2, -1, 4, 3)})
+    out = tmp_path / "figures.jsonl"
+    with pytest.raises(RuntimeError):
+        bench.main(["attention", "--device", "cpu", "--rounds", "1", "--out", str(out)])
+    assert [json.loads(line)["what"] for line in out.read_text().splitlines()] == ["small"] * 3
+    with pytest.raises(ValueError, match="got --device gpu, which PyTorch cannot use here"):
+        bench.main(["attention", "--device", "gpu"])
+
+
 def test_a_row_of_figures_for_each_form_and_shape(tmp_path, monkeypatch, capsys):
     """Would catch: a bench that fails after its minutes of work, a ratio upside down."""
     monkeypatch.setattr(bench, "SHAPES", {"small": (2, 2, 4, 4, 3)})
@@ -39,14 +50,14 @@ def test_the_decoders_in_the_race_say_the_same(monkeypatch, tmp_path, capsys):
     """
     pytest.importorskip("peft", reason="the rival: pip install peft")
     pytest.importorskip("transformers", reason="the rival: pip install transformers")
-    monkeypatch.setattr(bench, "SIZE", GPT2Config(211, 128, 24, 2, 4))
+    monkeypatch.setitem(bench.SIZES, "cpu", GPT2Config(211, 128, 24, 2, 4))
     monkeypatch.setattr(bench, "SAID", 6)
     out = tmp_path / "figures.jsonl"
     bench.main(["decode", "--device", "cpu", "--rounds", "1", "--out", str(out)])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert {row["what"] for row in rows} == set(bench.DECODING)
+    assert {row["what"] for row in rows} == set(bench.DECODING["cpu"])
     for row in rows:
         ours = next(r for r in rows if r["what"] == row["what"] and r["form"] == "ours")
-        B, _ = bench.DECODING[row["what"]]
+        B, _ = bench.DECODING["cpu"][row["what"]]
         assert row["same words"] == f"{B}/{B}"
         assert row["ours over it"] == ours["tokens/s"] / row["tokens/s"]

@@ -19,6 +19,7 @@ from loss import target_nats
 from model import attend
 from prefix import Prefix, Prefixes
 from sample import find_attention, generate
+from step import checkpoint_blocks
 
 pytest.importorskip("triton", reason="the fused kernels are written in Triton: pip install triton")
 import fused  # noqa: E402
@@ -146,11 +147,13 @@ def test_any_layout_in_memory_is_read_right():
     assert_as_good_as_the_explicit_form(inputs, real, True)
 
 
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("kind", [
     random_gpt2, functools.partial(random_bart, encoder_layers=1, decoder_layers=1)])
-def test_a_model_with_fused_attention_is_that_model(kind):
+def test_a_model_with_fused_attention_is_that_model(kind, checkpointed):
     """Would catch: a model that hands attention something these tests did not think of: of BART
-    keys of another text, sources padded behind, prefixes of three lengths.
+    keys of another text, sources padded behind, prefixes of three lengths; with
+    --gradient-checkpointing saved tensors that are asked for twice, which PyTorch forbids there.
     """
     pairs, found = [Pair([3, 5, 7, 2, 16, 8], 2), Pair([4, 1, 9], 1)], []
     for form, dtype in ((fused.attend, torch.float32), (attend, torch.float64)):
@@ -159,6 +162,8 @@ def test_a_model_with_fused_attention_is_that_model(kind):
         learner = (Prefix(model.config, 5, 0) if kind is random_gpt2 else
                    Prefixes(model.config, dict(encoder=3, decoder=4, cross=5), 0))
         learner = learner.to(DEVICE, dtype)
+        if checkpointed:
+            checkpoint_blocks(model)
         loss = target_nats(model, learner(), batch_of(model, pairs), form)
         gradients = torch.autograd.grad(loss, list(learner.parameters()))
         found.append(torch.cat([gradient.flatten().double() for gradient in gradients]))

@@ -163,6 +163,31 @@ def test_the_compiled_step_is_the_step(kind, compiler):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)       # AdamW divides by tiny gradients
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here: nothing is recorded")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_recorded_step_is_the_step(dtype):
+    """Two shapes in turns, so that each is compiled, recorded and replayed between the other's.
+
+    Would catch: a replay that reads the last batch or the last prefix, a loss or a gradient that
+    the next replay writes over.
+    """
+    pairs = [*shared_pairs(), Pair(list(range(20)), 15)]
+    batches = [pairs[i:i + 4] for i in (0, 12)] * 5         # two shapes, five times each
+    losses, learned = [], []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = random_gpt2(n_layer=2).to("cuda", dtype)
+        settings = Settings(lr=1e-2, steps=20, batch_size=5, out="unused", compile=compiled)
+        learner = some_learner(model).float()
+        run = Run(settings, model, learner, nats=step.prepared(settings, model))
+        losses.append([run.update(batch).item() for batch in batches])
+        learned.append(learner().detach())
+    eps = torch.finfo(dtype).eps
+    assert losses[1] == pytest.approx(losses[0], rel=100 * eps)
+    far = (learned[1] - learned[0]).norm() / learned[0].norm()
+    assert far < 1e4 * eps if dtype == torch.float32 else far < 0.1     # AdamW divides by tiny ones
+
+
 def test_a_missing_compiler_is_told(monkeypatch):
     """Would catch: a traceback from deep inside PyTorch, minutes after the start."""
     torch._dynamo.reset()
@@ -196,7 +221,7 @@ def test_a_resumed_run_shares_the_same_sources(task):
     flags = ["--share-source", "--gradient-checkpointing"]
     train.main([*task, *flags, "--out", "whole"])
     train.main([*task, *flags, "--out", "parts", "--stop-at", "5"])
-    train.main(["--resume", "parts"])
+    train.main(["--resume", "parts", "--device", "cpu"])
     train.main([*task, "--out", "unshared"])
     assert log_of("whole")[:-2] == log_of("parts")[:-2]     # the last mean is over fewer steps
     assert log_of("whole")[-1] == log_of("parts")[-1]
@@ -218,7 +243,7 @@ def test_the_flags_reach_the_loop_and_a_resumed_run(task, monkeypatch):
     monkeypatch.setattr(step, "Compiled", Counted)
     for flag in ("--gradient-checkpointing", "--compile"):
         train.main([*task, flag, "--stop-at", "5", "--out", flag.strip("-")])
-        train.main(["--resume", flag.strip("-")])
+        train.main(["--resume", flag.strip("-"), "--device", "cpu"])
     counts = [calls.count(what) for what in ("checkpointed", "compiled", "a step of it")]
     assert counts == [2, 2, 10]
 

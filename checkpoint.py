@@ -41,11 +41,12 @@ def save(model, directory):
     directory = Path(directory)
     about = {"architecture": model.architecture, "fingerprint": fingerprint(model),
              "config": dataclasses.asdict(model.config)}
-    # Without its config.json the directory is no model: a kill between the two files cannot leave
-    # new weights under an old fingerprint.
-    (directory / "config.json").unlink(missing_ok=True)
     with whole_file(directory / "model.pt") as file:
         torch.save(model.state_dict(), file)
+        file.flush()                    # what was there before is needed where the disk is full
+        # Without its config.json the directory is no model: a kill between the two files cannot
+        # leave new weights under an old fingerprint.
+        (directory / "config.json").unlink(missing_ok=True)
     with whole_file(directory / "config.json", "w") as file:    # last: its presence says "complete"
         json.dump(about, file, indent=1)
 

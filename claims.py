@@ -68,8 +68,8 @@ def plan(settings):
             if settings.sizes and size not in settings.sizes:
                 continue
             jobs += [dict(model=settings.model, references=settings.references,
-                          test_seed=settings.test_seed, style=style, size=size, method=method,
-                          lr=lr, seed=seed)
+                          test_seed=settings.test_seed, tables=settings.tables, style=style,
+                          size=size, method=method, lr=lr, seed=seed)
                      for method in methods for lr in METHODS[method][2]
                      for seed in range(1, settings.seeds + 1)]
     return jobs
@@ -110,12 +110,12 @@ def bleu(examples, texts):
 
 
 @torch.no_grad()
-def scores(model, tokenizer, prefix, job, split, count):
+def scores(model, tokenizer, prefix, job, split):
     """What a run says of tables it has not seen, scored: two shares in percent and BLEU.
 
     Settings are chosen on the tables of seed 0, which everything else was developed on, too.
     """
-    seed = 0 if split == "dev-kinds" else job["test_seed"]
+    seed, count = 0 if split == "dev-kinds" else job["test_seed"], job["tables"]
     examples = world.task(job["style"], split, count, seed=seed)
     banned = {token for text in LINE_BREAKS for token in tokenizer.encode_ordinary(text)}
     rules, texts = Rules(tokenizer.eot_token, banned=tuple(banned)), []
@@ -134,7 +134,7 @@ def cpu_seconds():
     return times.user + times.system + times.children_user + times.children_system
 
 
-def carry_out(job, count):
+def carry_out(job):
     """Train, decode, score: the line of the results file."""
     torch.set_num_threads(1)
     before = cpu_seconds()
@@ -152,8 +152,8 @@ def carry_out(job, count):
         best = min(seen, key=lambda line: line["dev_loss"])
         with contextlib.redirect_stderr(io.StringIO()):         # the device, said for every run
             model, tokenizer, prefix = open_run(out, "cpu", "fp32")
-        told = {split: scores(model, tokenizer, prefix, job, split, count) for split in SPLITS}
-    return job | {"tables": count, "dev_loss": best["dev_loss"], "best_step": best["step"],
+        told = {split: scores(model, tokenizer, prefix, job, split) for split in SPLITS}
+    return job | {"dev_loss": best["dev_loss"], "best_step": best["step"],
                   "cpu_seconds": round(cpu_seconds() - before, 1)} | told
 
 
@@ -161,7 +161,11 @@ def read_results(path):
     """The lines of a results file; one that a kill left unfinished is dropped."""
     path = Path(path)
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    try:
+        return [json.loads(line) for line in lines if line.endswith("}")]
+    except ValueError as error:
+        raise ValueError(f"got {path}, a line of which is no JSON ({error}); expected what "
+                         "claims.py wrote there; mend it, or give another --results") from error
 
 
 def main(argv=None):
@@ -180,12 +184,13 @@ def main(argv=None):
              "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     with concurrent.futures.ProcessPoolExecutor(
             workers, multiprocessing.get_context("spawn")) as pool, open(results, "a") as file:
-        waiting = [pool.submit(carry_out, job, settings.tables) for job in jobs]
+        waiting = [pool.submit(carry_out, job) for job in jobs]
         for future in tqdm(concurrent.futures.as_completed(waiting), total=len(jobs), unit="run"):
             file.write(json.dumps(future.result() | about) + "\n")
             file.flush()
     if not settings.no_picture:
-        subprocess.run([sys.executable, HERE / "figures" / "draw_claims.py", results], check=True)
+        drawn = subprocess.run([sys.executable, HERE / "figures" / "draw_claims.py", results])
+        sys.exit(drawn.returncode)              # what was wrong it has said itself
 
 
 if __name__ == "__main__":

@@ -274,6 +274,12 @@ def convert(source_directory, out_directory):
         raise ValueError(f"got {source_directory}, a BART without its vocabulary; expected "
                          f"{' or '.join(VOCABULARIES)}, for its tokens have other numbers than "
                          "GPT-2's; download one from the model's page")
+    if model.architecture == "gpt2" and "vocab.json" in (path.name for path in vocabularies):
+        tokens = json.loads((Path(source_directory) / "vocab.json").read_text("utf-8"))
+        if (tokens.get("\u0120the"), tokens.get("<|endoftext|>")) != (262, 50256):
+            raise ValueError(f"got {source_directory}, a GPT-2 with a vocabulary of its own; "
+                             "expected GPT-2's, the only one that it would be read with; choose "
+                             "another model")
     model.load_state_dict(state, assign=True)
     if model.architecture == "bart":
         with whole_file(Path(out_directory) / vocabularies[0].name) as file:
@@ -354,7 +360,8 @@ def convert_prefix(settings):
     if not settings.out or settings.run or settings.source:
         raise ValueError("got --from-peft; expected --out out/NAME beside it, and --model; `python "
                          "convert.py --from-peft DIR --model gpt2 --out out/NAME`")
-    read_peft(settings.from_peft, settings.out, settings.model)
+    read_peft(settings.from_peft, settings.out, settings.model,
+              {where: name for name, (where, _) in NAMES.items()})
     print(f"wrote {settings.out}; decode with: python sample.py --run {settings.out}\n"
           f"train on with: python train.py --start-from {settings.out} --data ...")
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import formats, headlines, tasks, world
+from data import headlines, tasks, world
 from opening import name_of_dtype, run_settings
 from plumbing import flag, parse, run, whole_file
 from prefix import parts as tensors_of
@@ -36,7 +36,7 @@ class Settings:
     data_dir: str = flag("", "read the data set from here; left out: as the run did")
     examples: int = flag(0, "the first so many tables only; 0: all", within=(0, inf))
     topics: bool = flag(False, "score each topic by itself, too")
-    beam: int = flag(None, "as in sample.py; left out: what the paper does on this data set",
+    beam: int = flag(None, "as in sample.py; left out: what the paper does on the run's data",
                      kind=int, within=(1, 1000))
     length_penalty: float = flag(None, "as in sample.py", kind=float, within=(-100, 100))
     max_new: int = flag(None, "as in sample.py", kind=int, within=(1, inf))
@@ -61,15 +61,16 @@ def kept_texts(path, about):
     if not path.exists():
         return []
     rows = []
-    for line in formats.read_text(path).split("\n"):
+    for line in path.read_text("utf-8", errors="replace").split("\n"):  # cut, maybe, in a letter
         try:
             rows.append(json.loads(line))
         except ValueError:                          # the last line of a call that was killed
             break
     if rows and rows[0] != about:
-        differ = [k for k in about if rows[0].get(k) != about[k]]
-        raise ValueError(f"got {path}, whose texts were decoded with another {', '.join(differ)}; "
-                         "expected the same; move that file away, or give the same flags")
+        differ = ", ".join(f"{key} ({rows[0].get(key)}, now {about[key]})" for key in about
+                           if rows[0].get(key) != about[key])
+        raise ValueError(f"got {path}, whose texts were decoded with another {differ}; expected "
+                         "the same; move that file away, or give the same flags")
     return rows[1:]
 
 
@@ -117,6 +118,7 @@ class Rule:
 # E2E: e2e-metrics, mteval-13a. The others: multi-bleu.perl, on what stands between blanks; without
 # a match its score is 0. DART's published reference files are split and lower-cased; texts have to
 # be as well.
+WORLDS = ("world", "world-hard", "world-headlines")
 MULTI_BLEU = Rule(3, "none", lowercase=True, smooth="none", split=True)
 RULES = {"e2e": Rule(lowercase=True), "dart": MULTI_BLEU,
          "webnlg": dataclasses.replace(MULTI_BLEU, ascii=True)}
@@ -161,7 +163,9 @@ def treebank(texts, references, rule):
     """
     if not shutil.which("java"):
         raise ImportError("java", name="java")
-    said, wanted = ({i: [{"caption": text} for text in some] for i, some in enumerate(all_of_them)}
+    # On one line: the tokenizer takes every line for a text of its own, whatever breaks it.
+    said, wanted = ({i: [{"caption": " ".join(text.split())} for text in some]
+                     for i, some in enumerate(all_of_them)}
                     for all_of_them in ([[text] for text in texts], references))
     if rule.split:
         return [{i: [row["caption"] for row in rows] for i, rows in x.items()}
@@ -221,7 +225,7 @@ def parts(data, examples, topics):
         of_topic.setdefault(example.topic, []).append(i)
     found = {"all": list(range(len(examples)))}
     seen = (tasks.WEBNLG_SEEN if data == "webnlg" else
-            set(world.TRAIN_KINDS) if data.startswith("world") else None)
+            set(world.TRAIN_KINDS) if data in WORLDS else None)
     if seen is not None:
         for name, inside in (("seen", True), ("unseen", False)):
             found[name] = [i for i, e in enumerate(examples) if (e.topic in seen) == inside]
@@ -259,6 +263,7 @@ def main(argv=None):
     mark = hashlib.sha256(b"".join(part.float().cpu().numpy().tobytes()
                                    for part in tensors_of(prefix))).hexdigest()[:16]
     about = {"data": data, "split": settings.split, "prefix": mark,
+             "model": speaker.model.fingerprint,        # a fine-tuned run has no prefix
              **{name: getattr(speaker.settings, name) for name in DECODES},
              "dtype": name_of_dtype(speaker.model.wte.weight.dtype)}
     path = Path(settings.run) / f"{settings.split}.jsonl"
@@ -267,7 +272,7 @@ def main(argv=None):
     for part, rows in parts(data, examples, settings.topics).items():
         own, said = [examples[i] for i in rows], [texts[i] for i in rows]
         numbers, without = score(said, [e.targets for e in own], RULES.get(data, Rule()))
-        if data.startswith("world"):
+        if data in WORLDS:
             right = (headlines.headline_accuracy if data == "world-headlines" else
                      world.slot_accuracy)
             numbers |= {"slots": 100 * right(own, said),

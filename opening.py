@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import UNREADABLE, load
-from data.tokenizer import load_tokenizer
+from data.tokenizer import OWN_FILES, BARTTokenizer, load_tokenizer
 from model import attend
 from prefix import load_prefix
 
@@ -72,7 +72,14 @@ def open_model(name, device, dtype, weights=None):
     weights: another directory for the numbers, of a fine-tuned model; the tokenizer stays.
     """
     directory = find_model(name)
-    return load(weights or directory, *decide_device(device, dtype)), load_tokenizer(directory)
+    model = load(weights or directory, *decide_device(device, dtype))
+    tokenizer = load_tokenizer(directory)
+    if (tokenizer.n_vocab > model.config.vocab_size
+            or (model.architecture == "bart") != isinstance(tokenizer, BARTTokenizer)):
+        raise ValueError(f"got {directory}, whose model has {model.config.vocab_size} tokens of "
+                         f"its own; expected {' or '.join(OWN_FILES)} beside it; copy what there "
+                         "is of these from the directory of the model that it was made of")
+    return model, tokenizer
 
 
 def find_attention(name, model):

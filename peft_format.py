@@ -100,15 +100,17 @@ def read_weights(directory):
     return flat
 
 
-def read_peft(directory, out, model_name):
+def read_peft(directory, out, model_name, names):
     """Make a run in the directory `out` of peft's `directory`, for the frozen model `model_name`.
 
-    sample.py decodes with the run, and `train.py --start-from` goes on from it.
+    names: what we call the published models that peft's file may name. sample.py decodes with the
+    run, and `train.py --start-from` goes on from it.
     """
     if Path(out).exists():
         raise ValueError(f"got --out {out}, which exists; expected a new directory")
     about, flat = read_config(directory), read_weights(directory)
-    name = model_name or about.get("base_model_name_or_path") or ""
+    theirs = about.get("base_model_name_or_path") or ""
+    name = model_name or names.get(theirs, theirs)
     model, _ = open_model(name, "cpu", "fp32")
     check_architecture(model, name)
     L, _, _, H, _, D = model.no_prefix().shape

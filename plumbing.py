@@ -42,41 +42,45 @@ def parse(settings, argv, description, positional=None, notes=""):
     without dashes.
 
     A field whose default is a list is a flag that may be repeated; one whose default is None stays
-    None when it is left out. notes: shown at the end of --help. An unknown flag raises ValueError
-    and names the flag that was probably meant.
+    None when it is left out. The attribute `given` of what is returned has the names of the fields
+    that argv tells. notes: shown at the end of --help. An unknown flag raises ValueError and names
+    the flag that was probably meant.
     """
     parser = _OneLineParser(description=description, epilog=notes, allow_abbrev=False,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+                            formatter_class=argparse.RawDescriptionHelpFormatter,
+                            argument_default=argparse.SUPPRESS)
     flags = {}
     for field in dataclasses.fields(settings):
         kind, choices = field.metadata["kind"], field.metadata["choices"]
         repeated = field.default is dataclasses.MISSING
-        plain = repeated or field.default in (None, "", False)
+        plain = repeated or field.default in (None, "") or field.default is False
         told = "" if plain else f" (default: {field.default})"
         about = {"help": (field.metadata["help"] + told).replace("%", "%%")}
         if field.name == positional:
-            parser.add_argument(field.name, nargs="?", default=field.default, **about)
+            parser.add_argument(field.name, nargs="?", **about)
             continue
         flags["--" + field.name.replace("_", "-")] = about | {"dest": field.name} | (
             {"action": "store_true"} if kind is bool else
             {"action": "append", "type": str if kind is list else kind} if repeated else
-            {"type": kind, "default": field.default, "choices": choices})
+            {"type": kind, "choices": choices})
     for name, about in flags.items():
         parser.add_argument(name, **about)
     known, unknown = parser.parse_known_args(argv)
+    given = vars(known)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
         raise ValueError(f"unknown argument {unknown[0]!r}; "
                          + (f"did you mean {near[0]}? " if near else "")
                          + f"`{parser.prog} --help` lists every flag")
-    given = {name: value for name, value in vars(known).items() if value is not None}
     for field in dataclasses.fields(settings):
         low, high = field.metadata["within"] or (None, None)
         if low is not None and field.name in given and not low <= given[field.name] <= high:
             wanted = f"at least {low}" if high == math.inf else f"a number from {low} to {high}"
             raise ValueError(f"got --{field.name.replace('_', '-')} {given[field.name]}; expected "
                              f"{wanted}")
-    return settings(**given)        # what was left out takes the dataclass's own default
+    found = settings(**given)       # what was left out takes the dataclass's own default
+    found.given = set(given)
+    return found
 
 
 def run(main):

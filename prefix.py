@@ -191,9 +191,10 @@ def load_prefix(path, model):
         if saved["format"] != FORMAT:
             raise KeyError("format")
         mark, prefix, wanted = saved["fingerprint"], saved["prefix"], model.no_prefix()
-        prefix = Places(**prefix) if isinstance(wanted, Places) else prefix
-        shapes = [(tuple(part.shape), (*like.shape[:4], part.size(4), like.size(5)))
-                  for part, like in zip(parts(prefix), parts(wanted))]  # (L, 2, 1, H, P, D) each
+        if mark == model.fingerprint:           # a BART's has other parts than a GPT-2's
+            prefix = Places(**prefix) if isinstance(wanted, Places) else prefix
+            shapes = [(tuple(part.shape), (*like.shape[:4], part.size(4), like.size(5)))
+                      for part, like in zip(parts(prefix), parts(wanted))]  # (L, 2, 1, H, P, D)
     except UNREADABLE as error:
         raise ValueError(f"got {path}, which is no prefix ({why(error)}); expected the prefix.pt "
                          "of a run of train.py with this kind of model") from error

@@ -33,29 +33,36 @@ from plumbing import flag, parse, run, whole_file
 class Settings:
     model: str = flag("tiny-gpt2", "tiny-gpt2, a language model; tiny-bart, which undoes noise",
                       choices=["tiny-gpt2", "tiny-bart"])
-    tokens: int = flag(150_000_000, "how many tokens to read, packed and padded")
-    vocabulary: int = flag(1280, "tokens of a new tokenizer, <|endoftext|> included")
-    context: int = flag(192, "positions of the model, and tokens of a row of text")
-    width: int = flag(192, "C, the width of the model")
-    layers: int = flag(4, "L, its blocks; of tiny-bart in the encoder and again in the decoder")
-    heads: int = flag(4, "H, its attention heads")
-    rows: int = flag(16, "rows of text in a step of each process")
+    tokens: int = flag(150_000_000, "how many tokens to read, packed and padded",
+                       within=(1, math.inf))
+    vocabulary: int = flag(1280, "tokens of a new tokenizer, <|endoftext|> included",
+                           within=(257, math.inf))
+    context: int = flag(192, "positions of the model, and tokens of a row of text",
+                        within=(1, math.inf))
+    width: int = flag(192, "C, the width of the model", within=(1, math.inf))
+    layers: int = flag(4, "L, its blocks; of tiny-bart in the encoder and again in the decoder",
+                       within=(1, math.inf))
+    heads: int = flag(4, "H, its attention heads", within=(1, math.inf))
+    rows: int = flag(16, "rows of text in a step of each process", within=(1, math.inf))
     processes: int = flag(1, "processes that share a step, each with rows of its own; on a CPU as "
                              "many as it has cores is fastest", within=(1, 64))
     lr: float = flag(2e-3, "highest learning rate of words, positions, biases and LayerNorms")
     matrix_lr: float = flag(0.02, "highest learning rate of the matrices in the blocks")
-    warmup: int = flag(200, "steps in which the rates rise; then they fall in half a cosine to 0")
+    warmup: int = flag(200, "steps in which the rates rise; then they fall in half a cosine to 0",
+                       within=(0, math.inf))
     seed: int = flag(0, "of the first weights, the tokenizer and every text")
     device: str = flag("auto", "auto: cuda where there is one", choices=["auto", "cpu", "cuda"])
     dtype: str = flag("fp32", "bf16: mixed precision, the weights stay in fp32",
                       choices=["fp32", "bf16"])
-    workers: int = flag(0, "processes that write text ahead of the model; 0: none")
-    probe_every: int = flag(200, "steps between two lines of the log")
-    save_every: int = flag(1000, "steps between two savings of the state")
+    workers: int = flag(0, "processes that write text ahead of the model; 0: none",
+                        within=(0, math.inf))
+    probe_every: int = flag(200, "steps between two lines of the log", within=(1, math.inf))
+    save_every: int = flag(1000, "steps between two savings of the state", within=(1, math.inf))
     out: str = flag("out/pretrain", "directory of the run: its state, log and tokenizer")
     weights: str = flag("", "directory for the finished model, in 16 bits; left out: weights/MODEL")
     resume: bool = flag(False, "go on with the run in --out")
-    stop_at: int = flag(0, "stop after this step, to be resumed; 0: at the end")
+    stop_at: int = flag(0, "stop after this step, to be resumed; 0: at the end",
+                        within=(0, math.inf))
 
 
 # ---- text: whole documents, packed into rows
@@ -394,6 +401,9 @@ def pretrain(rank, settings, meeting):
 def main(argv=None):
     settings = parse(Settings, argv, "Pre-train a bundled model on the micro-world's text.")
     settings.weights = settings.weights or f"weights/{settings.model}"
+    if settings.width % settings.heads:
+        raise ValueError(f"got --width {settings.width} and --heads {settings.heads}; expected a "
+                         "width that the heads can share; choose another")
     if not settings.resume:
         begin(settings)
     if settings.processes == 1:

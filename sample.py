@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from beam import Rules, search
-from data import formats, sequence
+from data import formats, sequence, summaries
 from model import attend as written_out
 from opening import find_attention, open_model, open_run, pack_weights, recorded, run_settings
 from plumbing import flag, parse, run, whole_file
@@ -32,8 +32,8 @@ LINE_BREAKS = ("\n", "\n\n")           # never said after a table: tokens 198 an
 # 11 and 62 tokens of a summary count the token that BART starts from, which nobody generates.
 TABLES = dict(beam=5, min_new=5, max_new=100, length_penalty=1.0)
 SUMMARIES = dict(beam=6, min_new=10, max_new=61, length_penalty=0.8)
-DEFAULTS = {"e2e": TABLES, "webnlg": TABLES, "dart": TABLES, "xsum": SUMMARIES,
-            "xsum-news-to-sports": SUMMARIES, "xsum-within-news": SUMMARIES,
+DEFAULTS = {**dict.fromkeys(("e2e", "webnlg", "dart"), TABLES),
+            **dict.fromkeys(summaries.NAMES, SUMMARIES),    # the paper's is XSum
             "all others": dict(beam=1, min_new=0, max_new=100, length_penalty=1.0)}
 
 
@@ -145,6 +145,9 @@ def resolve(settings):
     if settings.beam > 1 and settings.attention == "fused":
         raise ValueError(f"got --attention fused and {settings.beam} beams; expected --beam 1: the "
                          "kernel knows no tree of texts; or use --attention explicit")
+    if not settings.temperature and (settings.top_k or settings.top_p < 1):
+        raise ValueError("got --top-k or --top-p without --temperature; expected both: at 0 no "
+                         "token is drawn, the likeliest is taken; add --temperature 1")
     return settings
 
 
@@ -188,16 +191,12 @@ class Speaker:
             ids = sequence.prompt_ids(self.tokenizer, source)
             over = len(ids) - room
             cut = sequence.cut_source(ids, over)
-        elif not s.run:                      # the frozen model knows nothing of sources and targets
-            room -= prefix.size(4)
-            ids = self.tokenizer.encode_ordinary(source) or [self.tokenizer.eot_token]
-            over = len(ids) + s.max_new - room
-            cut = ids[max(over, 0):]            # a text goes on from its end
         else:
-            room -= prefix.size(4)
-            ids = sequence.prompt_ids(self.tokenizer, source)
+            room -= prefix.size(4)              # the frozen model alone knows nothing of sources
+            ids = (sequence.prompt_ids(self.tokenizer, source) if s.run else
+                   self.tokenizer.encode_ordinary(source) or [self.tokenizer.eot_token])
             over = len(ids) + s.max_new - room
-            cut = sequence.cut_source(ids, over)
+            cut = sequence.cut_source(ids, over) if s.run else ids[max(over, 0):]
         if not cut:
             raise ValueError(f"got --max-new {s.max_new}, which leaves no room for a source in "
                              f"{room} free positions; lower --max-new")

@@ -12,10 +12,12 @@ from data.tasks import NAMES
 from opening import run_settings
 from plumbing import flag
 
-OWN = "your own .jsonl"
+OWN = "all others, your own .jsonl too"
 # What a flag left out means, by method and data set: the paper's table 6, for GPT-2, of XSum for
 # BART. For the bundled world: found on its own held-out kinds (but for finetune-top2, untried).
-# Other files: E2E's, with the paper's low-data rate.
+# DialogSum and SciTLDR, which the paper has not: XSum's. Other files: E2E's, with the paper's
+# low-data rate.
+XSUM = dict(lr=5e-5, epochs=30, batch_size=14, prefix_len=100, mid_dim=800)
 DEFAULTS = {
     "prefix": {
         "e2e": dict(lr=8e-5, epochs=5, batch_size=10, prefix_len=5),
@@ -24,7 +26,9 @@ DEFAULTS = {
         "world": dict(lr=3e-3, steps=200, batch_size=10, prefix_len=9),
         "world-hard": dict(lr=3e-3, steps=1500, batch_size=10, prefix_len=9),
         "world-headlines": dict(lr=3e-3, steps=600, batch_size=10, prefix_len=9),
-        "xsum": dict(lr=5e-5, epochs=30, batch_size=14, prefix_len=100, mid_dim=800),
+        "xsum": XSUM,
+        "dialogsum": XSUM,
+        "scitldr": XSUM,
         "xsum-news-to-sports": dict(lr=5e-5, epochs=15, batch_size=36, prefix_len=40, mid_dim=800),
         "xsum-within-news": dict(lr=5e-5, epochs=30, batch_size=36, prefix_len=80, mid_dim=800),
         OWN: dict(lr=5e-5, epochs=5, batch_size=10, prefix_len=5),
@@ -56,7 +60,7 @@ PREFIX_ONLY = ("prefix_len", "prefixes", "mid_dim", "init", "init_text", "start_
 @dataclasses.dataclass
 class Settings:
     model: str = flag("tiny-gpt2", "the frozen model: gpt2, gpt2-medium, ..., another name in "
-                                   "weights/, or a directory")
+                                   "weights/, or a directory; with --start-from that run's")
     data: str = flag("", f"{', '.join(NAMES)}, or a .jsonl file of your own; left out: world, for "
                          "tiny-bart world-headlines")
     data_dir: str = flag("", "read the data set from here; left out: it is downloaded, but for "
@@ -115,14 +119,19 @@ class Settings:
 def resolve(settings):
     """Fill in what was left out with the data set's defaults: config.json says everything."""
     if settings.steps and settings.epochs:
-        raise ValueError("got --steps and --epochs; expected one of them")
+        raise ValueError("got --steps and --epochs; expected one of them; leave one out")
+    if settings.init != "words" and settings.init_text != Settings.init_text:
+        raise ValueError(f"got --init-text with --init {settings.init}; expected it with --init "
+                         "words; add that, or leave it out")
     if settings.init == "words" and settings.prefix_len:
         raise ValueError("got --prefix-len with --init words; expected one of them: the words of "
                          "--init-text decide the length")
     if settings.start_from and (settings.prefix_len or settings.prefixes or
                                 settings.init != "random"):
-        raise ValueError("got --start-from with --prefix-len or --init; expected it alone: the "
-                         "prefix of that run decides both")
+        raise ValueError("got --start-from with --prefix-len, --prefixes or --init; expected it "
+                         "without: the prefix of that run decides; leave them out")
+    if settings.start_from and settings.model == Settings.model:
+        settings.model = run_settings(settings.start_from)["model"]
     if settings.method != "prefix":
         for field in dataclasses.fields(Settings):
             if field.name in PREFIX_ONLY and getattr(settings, field.name) != field.default:
@@ -162,7 +171,7 @@ def resumed(asked):
     for field in dataclasses.fields(Settings):
         if field.name in ("resume", "device", "stop_at"):
             setattr(settings, field.name, getattr(asked, field.name))
-        elif getattr(asked, field.name) != field.default:
+        elif field.name in asked.given:
             raise ValueError(f"got --{field.name.replace('_', '-')} with --resume; expected only "
                              "--device and --stop-at beside it; start a new run for new settings")
     settings.out = asked.resume
@@ -174,12 +183,18 @@ def places_of(settings, model):
     if model.architecture != "bart" and settings.prefixes:
         raise ValueError(f"got --prefixes {settings.prefixes} with {settings.model}; expected a "
                          "BART, GPT-2 has one place only; leave it out")
+    if model.architecture != "bart" and (settings.max_source, settings.max_target) != (
+            Settings.max_source, Settings.max_target):
+        raise ValueError(f"got --max-source or --max-target with {settings.model}; expected a "
+                         "BART: a GPT-2 reads all that fits its positions; leave it out")
     lengths = {}
     for part in (settings.prefixes or ",".join(model.places)).split(","):
         place, _, length = part.strip().partition("=")
-        if place not in model.places or place in lengths or length and not length.isdecimal():
+        if (place not in model.places or place in lengths
+                or length and not (length.isdecimal() and int(length))):
             raise ValueError(f"got --prefixes {settings.prefixes}; expected one or more of "
-                             f"{', '.join(model.places)}, each once, with =LENGTH or without")
+                             f"{', '.join(model.places)}, each once, with =LENGTH, at least 1, or "
+                             "without")
         if length and settings.init == "words":
             raise ValueError(f"got --prefixes {settings.prefixes} with --init words; expected no "
                              "length: the words of --init-text decide it")

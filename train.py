@@ -149,7 +149,7 @@ class Run:
         """Go back to the last saved step; lines of the log that came after it are dropped."""
         path = self.directory / "resume.pt"
         try:
-            state = torch.load(path, map_location=self.model.wte.weight.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)   # as AdamW counts
             if state["fingerprint"] != self.model.fingerprint:
                 raise ValueError("it was trained with other weights of the model")
             if state["data"] != self.data:
@@ -165,7 +165,7 @@ class Run:
                              "train.py wrote there; start a new run") from error
         with whole_file(log, "w") as file:
             file.writelines(f"{line}\n" for line in lines)
-        for left_behind in self.directory.glob("*.tmp"):        # of a kill in the middle of a write
+        for left_behind in self.directory.rglob("*.tmp"):       # of a kill in the middle of a write
             left_behind.unlink()
 
     def save(self):

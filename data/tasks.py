@@ -151,6 +151,9 @@ def load(name, split, data_dir=None, seed=0):
     """
     if name in ("world", "world-hard", "world-headlines"):
         from data import headlines, world       # they import Example from here
+        if split not in ("test", *world.SPLITS):
+            raise ValueError(f"got the split {split!r}, expected one of "
+                             + guess(split, ("test", *world.SPLITS)))
         parts = ("test-seen", "test-unseen") if split == "test" else (split,)
         if name == "world-headlines":
             return [e for part in parts for e in headlines.task(part, seed=seed)]

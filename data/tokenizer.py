@@ -19,6 +19,8 @@ GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\
 END_OF_TEXT = "<|endoftext|>"
 # The numbers that fairseq gives before the first token of a dict.txt, and the one after the last.
 START, PAD, END, UNKNOWN, MASK = "<s>", "<pad>", "</s>", "<unk>", "<mask>"
+# What a model's directory may hold beside it: a vocabulary that is not GPT-2's, a BART's numbers.
+OWN_FILES = ("tokenizer.tiktoken", "dict.txt", "vocab.json")
 
 
 def read_ranks(path):
@@ -122,7 +124,7 @@ def load_tokenizer(directory):
     Raises OSError when GPT-2's vocabulary is neither in tiktoken's cache nor to be downloaded.
     """
     encoding = base_tokenizer(directory)
-    for name in ("dict.txt", "vocab.json"):
+    for name in OWN_FILES[1:]:
         path = Path(directory) / name
         if path.exists():
             try:

@@ -95,7 +95,10 @@ VALUE = re.compile(rf"\b(?:[A-Z]\w*|\w*\d\w*|{'|'.join(sorted(WORDS | set(KINDS)
 
 
 def all_values_and_no_other(source, output):
-    """Whether `output` says every value of the table exactly, and no other value of the world."""
+    """Whether `output` says every value of the table exactly, and no other value of the world.
+
+    Of what a value is said is not looked at: a start and an end that change places pass.
+    """
     values = [entry.split(" : ", 1)[1] for entry in source.split(" | ")]
     for value in sorted(set(values), key=len, reverse=True):
         output, count = re.subn(rf"\b{re.escape(value)}\b", "#", output)

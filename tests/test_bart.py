@@ -246,8 +246,9 @@ def test_a_prefix_of_another_model_is_refused(bart, tmp_path):
     save_prefix(one, Prefix(gpt2.config, 5, 16).fold(), gpt2)
     with pytest.raises(ValueError, match="'random BART 0', expected one for .*'random BART 1'"):
         load_prefix(three, random_bart(seed=1))
-    for path, other in ((one, bart), (three, gpt2)):
-        with pytest.raises(ValueError, match="which is no prefix .*with this kind of model"):
+    for path, other, words in ((one, bart, "'random 0', expected one for .*'random BART 0'"),
+                               (three, gpt2, "'random BART 0', expected one for .*'random 0'")):
+        with pytest.raises(ValueError, match=f"{words}; load the one it was trained with"):
             load_prefix(path, other)
     fewer = random_bart(decoder_layers=2)
     fewer.fingerprint = bart.fingerprint

@@ -110,7 +110,8 @@ def test_places_and_their_lengths_can_be_chosen(bart, given, lengths):
     assert places_of(Settings(prefixes=given, prefix_len=7), bart) == lengths
 
 
-@pytest.mark.parametrize("given", ["middle", "cross,cross", "cross=", "cross=-1", "cross=x", ","])
+@pytest.mark.parametrize("given", ["middle", "cross,cross", "cross=", "cross=-1", "cross=0",
+                                   "cross=x", ","])
 def test_other_places_are_refused(bart, given):
     """Would catch: a traceback, or a prefix of no length that learns nothing."""
     if given == "cross=":
@@ -228,3 +229,5 @@ def test_the_papers_settings_are_the_defaults_for_xsum():
         "xsum-news-to-sports": (5e-5, 15, 36, 40, 800, 512, 60),
         "xsum-within-news": (5e-5, 30, 36, 80, 800, 512, 60)}
     assert resolve(Settings()).mid_dim == 512
+    for data in ("dialogsum", "scitldr"):       # not in the paper, and XSum is the nearest that is
+        assert resolve(Settings(model="bart-large", data=data)).prefix_len == 100

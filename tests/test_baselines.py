@@ -1,6 +1,7 @@
 """Fine-tuning, the paper's baseline, through the same loop: what learns, what is kept, what not."""
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ import sample
 import train
 from baselines import FineTune
 from batches import collate
-from checkpoint import load
+from checkpoint import load, save
 from loss import target_nats
+from opening import open_model
 from train import Run, Settings
 
 
@@ -78,7 +80,7 @@ def test_a_fine_tuned_run_is_resumed_and_decoded_as_its_own_model(task, tmp_path
     original = (model_directory / "model.pt").read_bytes()
     train.main([*task, "--method", "finetune", "--out", "whole"])
     train.main([*task, "--method", "finetune", "--out", "parts", "--stop-at", "3"])
-    train.main(["--resume", "parts"])
+    train.main(["--resume", "parts", "--device", "cpu"])
     a, b = (load(tmp_path / run / "model").state_dict() for run in ("whole", "parts"))
     assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
     assert (model_directory / "model.pt").read_bytes() == original
@@ -91,6 +93,29 @@ def test_a_fine_tuned_run_is_resumed_and_decoded_as_its_own_model(task, tmp_path
     logs = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
     losses = [line["dev_loss"] for line in logs if "dev_loss" in line]
     assert losses[-1] < losses[0] and all(map(math.isfinite, losses))
+
+
+def test_a_fine_tuned_model_alone_is_not_read_with_other_tokens(task, model_directory):
+    """Would catch: out/RUN/model taken for a model, and its tokens for GPT-2's 50,257."""
+    train.main([*task, "--method", "finetune", "--out", "run"])
+    with pytest.raises(ValueError, match="whose model has 257 tokens of its own; expected "
+                                         "tokenizer.tiktoken or .*copy"):
+        open_model("run/model", "cpu", "fp32")
+    shutil.copy(model_directory / "tokenizer.tiktoken", "run/model")
+    assert open_model("run/model", "cpu", "fp32")[1].n_vocab == 257
+
+
+def test_a_model_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):
+    """Would catch: the best model lost on a full disk, half of a directory left behind."""
+    save(random_gpt2(seed=1), tmp_path / "model")
+
+    def full(*_):
+        raise RuntimeError("unexpected pos: no space left on device")
+    monkeypatch.setattr("checkpoint.torch.save", full)
+    with pytest.raises(OSError, match="what was there before is untouched"):
+        save(random_gpt2(seed=2), tmp_path / "model")
+    again = load(tmp_path / "model", dtype=torch.float64)
+    assert torch.equal(again.wte.weight, random_gpt2(seed=1).wte.weight)
 
 
 @pytest.mark.parametrize("flag", [["--prefix-len", "3"], ["--mid-dim", "0"], ["--init", "words"]])

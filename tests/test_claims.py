@@ -51,7 +51,7 @@ def test_every_verdict_can_fall():
     assert verdicts(bad) == ["does not hold"] * 3
     mixed = world(little | {200: (70, 60), 2000: (95, 80)}, {2000: (60, 60)},
                   {50: (70, 60), 100: (70, 60), 200: (70, 60), 2000: (97, 80)})
-    assert verdicts(mixed) == ["in part"] * 3
+    assert verdicts(mixed) == ["does not hold", "in part", "in part"]   # claim 1 knows no part
     behind_once = world(little | {200: (50, 60), 2000: (95, 80)}, {2000: (60, 60)},
                         {50: (70, 60), 100: (70, 60), 200: (70, 60), 2000: (97, 80)})
     assert verdicts(behind_once)[1] == "does not hold"
@@ -99,13 +99,18 @@ def test_a_stopped_call_goes_on_and_runs_nothing_twice(tmp_path, monkeypatch, ca
     settings = parse(claims.Settings, words, "")
     jobs = claims.plan(settings)
     assert len(jobs) == 6
-    done = claims.carry_out(jobs[0], 3)
+    done = claims.carry_out(jobs[0])
     assert done["method"] == "prefix 1 %" and done["dev_loss"] < 5
     assert all(0 <= done[split]["slots"] <= 100 for split in claims.SPLITS)
-    kept = [json.dumps(job | {"tables": 3}) for job in jobs]
+    kept = [json.dumps(job) for job in jobs]
     (tmp_path / "r.jsonl").write_text("\n".join(kept) + '\n{"cut by a ki')
     claims.main(words)                      # all six are there: nothing is left to run
     assert (tmp_path / "r.jsonl").read_text() == "\n".join(kept) + "\n"
+    other = claims.plan(parse(claims.Settings, [*words, "--tables", "4"], ""))
+    assert not any(job.items() <= json.loads(line).items() for job in other for line in kept)
+    (tmp_path / "r.jsonl").write_text('{"model": }\n' + "\n".join(kept))
+    with pytest.raises(ValueError, match="r.jsonl, a line of which is no JSON.*--results"):
+        claims.main(words)
 
 
 def test_one_persons_references_are_a_function_of_the_table(tmp_path):
@@ -144,3 +149,7 @@ def test_the_table_and_the_picture_are_made_from_the_file_alone(tmp_path):
     assert readme.startswith("a\n") and readme.endswith("b\n") and "\nold\n" not in readme
     assert "| near | 500 | prefix 1 % | 0.001 | 92.0 / 92.0 |" in readme
     assert (tmp_path / "figures" / "claims.png").stat().st_size > 10_000
+    (tmp_path / "r.jsonl").write_text("\n".join(json.dumps(x) for x in lines if x["size"] != 100))
+    ended = subprocess.run(["python", script, tmp_path / "r.jsonl"], capture_output=True, text=True)
+    assert ended.returncode == 1 and "without runs of near, 100 tables, prefix 1 %" in ended.stderr
+    assert ended.stderr.count("\n") == 1 and (tmp_path / "README.md").read_text() == readme

@@ -57,6 +57,17 @@ def write(directory, state, form="zip", config=None, **options):
     return directory
 
 
+def test_a_vocabulary_that_is_not_gpt2s_is_refused(tmp_path):
+    """Would catch: a model in another language that is fed GPT-2's tokens without a word."""
+    directory = write(tmp_path / "theirs", foreign(small()))
+    (directory / "vocab.json").write_text(json.dumps({"\u0120der": 262, "<|endoftext|>": 0}))
+    with pytest.raises(ValueError, match="a GPT-2 with a vocabulary of its own; expected GPT-2's"):
+        convert(directory, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (directory / "vocab.json").write_text(json.dumps({"\u0120the": 262, "<|endoftext|>": 50256}))
+    convert(directory, tmp_path / "out")
+
+
 def refused(directory, *words):
     """Converting `directory` fails in one line that has these words and three parts, and leaves
     nothing behind.

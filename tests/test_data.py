@@ -270,7 +270,7 @@ def test_sources_alone_can_be_read(tmp_path):
 @pytest.mark.parametrize("name, split, told", [
     ("webnl", "train", "did you mean webnlg?"), ("data.csv", "train", ".jsonl file or one of"),
     ("e2e", "valid", "expected one of train, dev, test"), ("e2e", "tests", "did you mean test?"),
-    ("no/such.jsonl", "train", "which is no file"),
+    ("no/such.jsonl", "train", "which is no file"), ("world", "tset", "did you mean test?"),
 ])
 def test_an_unknown_name_is_answered_with_the_known_ones(name, split, told):
     """Would catch a KeyError, or a download that starts for a misspelt name."""

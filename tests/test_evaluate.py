@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import random_gpt2
 
+import checkpoint
 import evaluate
 import sample
 from data import tasks
@@ -75,6 +77,28 @@ def test_the_best_of_several_references_counts():
     assert swapped["BLEU"] < 5
 
 
+@pytest.mark.parametrize("line_break", ["\n", "\r\n", "\u2028"])
+def test_a_line_break_in_a_reference_moves_no_other(line_break):
+    """Would catch: a tokenizer that takes each line for a text, and all later ones for others."""
+    need("pycocoevalcap")
+    if not shutil.which("java"):
+        pytest.skip("METEOR, ROUGE-L and CIDEr need Java")
+    texts = ["the cat sat on the mat", "a dog ran over the hill"]
+    references = [[f"the cat sat{line_break}on the mat"], ["a dog ran over the hill"]]
+    said, wanted = evaluate.treebank(texts, references, evaluate.Rule())
+    assert said == wanted == {0: [texts[0]], 1: [texts[1]]}
+
+
+def test_a_file_called_like_the_world_is_not_the_world(run, monkeypatch, capsys):
+    """Would catch: an own file scored by the values of a table that it does not have."""
+    data = run.parent / "worldly.jsonl"
+    data.write_text((run.parent / "my.test.jsonl").read_text())
+    data.with_name("worldly.test.jsonl").write_text((run.parent / "my.test.jsonl").read_text())
+    monkeypatch.chdir(run.parent)
+    evaluated(run, monkeypatch, "--data", "worldly.jsonl")
+    assert "slots" not in capsys.readouterr().out
+
+
 def test_a_missing_package_is_named_and_the_others_are_shown(monkeypatch):
     """Would catch: an evaluation that ends after hours of decoding for want of one package."""
     monkeypatch.setitem(sys.modules, "rouge_score", None)
@@ -140,12 +164,12 @@ def test_a_stopped_evaluation_goes_on_where_it_was(run, monkeypatch, capsys):
     # As a kill leaves it: two texts, of which the second is cut off; the first was changed by hand,
     # so that it can be told from a new one.
     first = json.loads(lines[1]) | {"text": "kept"}
-    path.write_text(f"{lines[0]}\n{json.dumps(first)}\n{lines[2][:20]}")
+    path.write_bytes(f"{lines[0]}\n{json.dumps(first)}\n{lines[2][:20]}".encode() + b"\xc3")
     again = evaluated(run, monkeypatch)
     assert [row["text"] for row in again[1:]] == ["kept"] + [row["text"] for row in rows[2:]]
     assert len(evaluated(run, monkeypatch, "--examples", "2")) == 4     # all texts stay
     assert json.loads((run / "test.scores.json").read_text())["scores"]["all"]["tables"] == 2
-    with pytest.raises(ValueError, match="decoded with another beam, min_new; expected the same"):
+    with pytest.raises(ValueError, match="another beam .1, now 3., min_new .0, now 1.; expected"):
         evaluated(run, monkeypatch, "--beam", "3", "--min-new", "1")
     model = sample.open_model(json.loads((run / "config.json").read_text())["settings"]["model"],
                               "cpu", "fp32")[0]
@@ -157,6 +181,17 @@ def test_a_stopped_evaluation_goes_on_where_it_was(run, monkeypatch, capsys):
     with pytest.raises(ValueError, match="decoded with another prefix"):
         evaluated(run, monkeypatch)
     capsys.readouterr()
+
+
+def test_a_fine_tuned_model_that_has_learned_on_is_decoded_again(run, monkeypatch):
+    """Would catch: old texts under new scores; such a run has no prefix that would tell them apart.
+    """
+    (run / "prefix.pt").unlink()
+    checkpoint.save(random_gpt2(seed=1).float(), run / "model")
+    evaluated(run, monkeypatch)
+    checkpoint.save(random_gpt2(seed=2).float(), run / "model")
+    with pytest.raises(ValueError, match="decoded with another model"):
+        evaluated(run, monkeypatch)
 
 
 def test_the_program_writes_texts_and_scores(run, monkeypatch, capsys):

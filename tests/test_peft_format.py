@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from conftest import random_bart
 
 import sample
 import train
@@ -12,6 +13,7 @@ from prefix import Prefix, load_prefix, save_prefix
 from sample import generate
 
 convert = pytest.importorskip("convert", reason="convert.py, a side door, is not here")
+peft_format = pytest.importorskip("peft_format", reason="a side door that is not here")
 pytest.importorskip("safetensors", reason="peft's files: pip install safetensors")
 
 EOS = 256
@@ -70,8 +72,10 @@ def test_training_goes_on_from_a_prefix_of_peft(run, tmp_path, model_directory, 
     _, dev = train.make_pairs(*train.load_examples(settings), settings, tokenizer, 60)
     assert first == pytest.approx(train.dev_loss(model, start, dev, 16), rel=1e-5)
     assert last < first
-    with pytest.raises(ValueError, match="got --start-from with --prefix-len or --init"):
+    with pytest.raises(ValueError, match="got --start-from with --prefix-len, --prefixes or"):
         train.main([*flags, "--start-from", str(back), "--prefix-len", "4"])
+    # The model is that run's where it is not named, not the bundled one.
+    assert train.resolve(train.Settings(start_from=str(back))).model == str(model_directory)
 
 
 @pytest.mark.parametrize("change, words", [
@@ -101,7 +105,8 @@ def test_what_has_no_such_form_is_refused(run, tmp_path, model_directory, monkey
         convert.main(["--run", str(run), "--to-peft", str(run)])
     with pytest.raises(ValueError, match="which has no prefix.pt"):
         convert.main(["--run", str(model_directory), "--to-peft", str(tmp_path / "peft")])
-    monkeypatch.setattr(GPT2, "architecture", "bart")
+    bart = random_bart()
+    monkeypatch.setattr(peft_format, "open_run", lambda *_: (bart, None, bart.no_prefix()))
     with pytest.raises(ValueError, match="a bart; expected a GPT-2: peft's format has no place"):
         convert.main(["--run", str(run), "--to-peft", str(tmp_path / "peft")])
 

@@ -27,6 +27,7 @@ class Settings:
     mid_dim: int = flag(None, "width of the MLP; left out: the data set's", kind=int)
     compile: bool = flag(False, "compile the model")
     run: list = flag([], "a run, may be repeated")
+    warmup: int = flag(0, "steps in which the rate rises")
 
 
 def parsed(*argv):
@@ -70,6 +71,7 @@ def test_help_names_every_flag_with_its_default(capsys):
     told = capsys.readouterr().out
     assert caught.value.code == 0
     assert "--mid-dim" in told and "100 %" in told and "(default: 5)" in told
+    assert "rises (default: 0)" in told and "(default: False)" not in told
 
 
 # ---- errors

@@ -165,6 +165,10 @@ def test_a_run_is_not_mixed_with_another(directory):
         train(directory)
     with pytest.raises(ValueError, match="--lr 0.002"):
         train(directory, "--resume", "--lr", "1")
+    with pytest.raises(ValueError, match="got --width 0; expected at least 1"):
+        train(directory / "new", "--width", "0")
+    with pytest.raises(ValueError, match="got --width .* and --heads 7; expected a width"):
+        train(directory / "new", "--heads", "7")
 
 
 def test_the_bundled_model_is_small_and_copies_names_it_never_read(tokenizer):

@@ -134,7 +134,8 @@ def said(capsys, *arguments):
 
 def test_standard_output_carries_the_text_and_nothing_else(trained):
     """Would catch: a progress bar or a note about the device in the middle of somebody's file."""
-    command = [sys.executable, str(ROOT / "sample.py"), "--run", trained, "--max-new", "12"]
+    command = [sys.executable, str(ROOT / "sample.py"), "--run", trained, "--max-new", "12",
+               "--device", "cpu"]
     one = subprocess.run([*command, "n : 3"], capture_output=True, text=True)
     assert one.returncode == 0 and one.stdout.count("\n") == 1 and "device cpu" in one.stderr
     asked = subprocess.run(command, input="n : 3\n\nn : 4\n", capture_output=True, text=True)
@@ -211,6 +212,7 @@ def test_a_source_that_is_too_long_is_cut_aloud(trained, capsys):
     (["--run", "nowhere", "x"], "got nowhere, which is no run"),
     (["--model", "gpt2-smal", "x"], "got the model 'gpt2-smal'.*did you mean gpt2"),
     (["--run", "RUN", "x", "--top-p", "0"], "got --top-p 0.0; expected a number from"),
+    (["--run", "RUN", "x", "--top-k", "5"], "got --top-k or --top-p without --temperature"),
     (["--run", "RUN", "x", "--max-new", "60"], "leaves no room for a source"),
     (["--run", "RUN", "--input", "empty.txt"], "got empty.txt, which is empty"),
     (["--run", "RUN", "--input", "absent.txt"], "absent.txt"),

@@ -397,30 +397,39 @@ def train(device, dtype, rounds, data_dir, compiled=False):
 
 
 def dev(device, dtype, rounds, data_dir):
-    """Print how fast loss.dev_loss scores a dev set, as tries or pair by pair; yield the rows."""
-    size = SIZES[device.type]
-    model = laid_out(random_model(size, device, dtype))
-    learner, pairs = Prefix(size, P, mid_dim=0).to(device), some_pairs("dev", size, data_dir)
+    """Print how fast a dev set is scored: by loss.dev_loss, as tries and pair by pair, and by peft,
+    whose batches hold the pairs in their order. Yield the rows of figures.
+    """
+    size, most = SIZES[device.type], 16         # as many pairs as train.py scores at once
+    frozen, start = random_model(size, device, dtype), Prefix(size, P, mid_dim=0).to(device)
+    pairs, score = some_pairs("dev", size, data_dir), partial(dev_loss, laid_out(frozen), start)
+    batches = [make_batch(pairs[i:i + most], frozen) for i in range(0, len(pairs), most)]
+
+    @torch.no_grad()
+    def score_by(form, pairs):
+        return sum(form.loss(b).item() * b.targets for b in batches) / tokens_of(pairs)
     # To dev_loss any function but its own `attend` is one that knows no tries: partial makes one.
-    steps = {"source shared": partial(dev_loss, model, learner),
-             "pair by pair": partial(dev_loss, model, learner, attend=partial(attend))}
-    losses, most = {}, 16                       # as many as train.py scores at once
-    # The multiplications that each form cannot do without.
-    groups = {"source shared": by_source(pairs, most), "pair by pair": by_source(pairs, 1)}
+    steps = {"ours": partial(score, batch_size=most),
+             "ours, pair by pair": partial(score, batch_size=most, attend=partial(attend))}
+    steps |= {f"peft, {name}": partial(score_by, theirs(name, frozen, start, name))
+              for name in ("sdpa", "eager")}
+    # The multiplications that each form of ours cannot do without.
+    groups = {"ours": by_source(pairs, most), "ours, pair by pair": by_source(pairs, 1)}
     counts = {name: [sum(map(len, parts)) for parts in zip(*map(trie, rows))]
               for name, rows in groups.items()}
     needed = {name: scoring(size, read, targets) for name, (read, targets) in counts.items()}
-
-    def score(name, pairs):
-        losses[name] = steps[name](pairs, most)
-    taken = in_turns({name: (partial(score, name), [pairs]) for name in steps}, device, rounds)
+    losses = {name: step(pairs) for name, step in steps.items()}
+    taken = in_turns({name: (step, [pairs]) for name, step in steps.items()}, device, rounds)
     rate = {name: sum(len(pair.ids) for pair in pairs) / taken[name] for name in steps}
+    print(f"{'':24}{'form':>20}{'tokens/s':>10}{'ours / it':>11}{'by multiplications':>20}"
+          f"{'loss':>11}")
     for name in steps:
+        bound = needed[name] / needed["ours"] if name in needed else None
         row = {"what": f"{TABLES['dev']} tables, {len(pairs)} pairs", "form": name,
-               "tokens/s": rate[name], "over pair by pair": rate[name] / rate["pair by pair"],
-               "by multiplications": needed["pair by pair"] / needed[name],
-               "loss": losses[name], "texts": "E2E" if data_dir else "drawn"}
-        print(f"{row['what']:28}{name:16}{row['tokens/s']:>8.0f} tokens/s"
-              f"{row['over pair by pair']:>7.2f}, by multiplications alone "
-              f"{row['by multiplications']:.2f}   loss {row['loss']:.6f}", flush=True)
+               "tokens/s": rate[name], "ours over it": rate["ours"] / rate[name],
+               "by multiplications": bound, "loss": losses[name],
+               "texts": "E2E" if data_dir else "drawn"}
+        print(f"{row['what'] if name == 'ours' else '':24}{name:>20}{rate[name]:>10.0f}"
+              f"{row['ours over it']:>11.2f}{'-' if bound is None else f'{bound:.2f}':>20}"
+              f"{losses[name]:>11.6f}", flush=True)
         yield row

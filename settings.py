@@ -189,9 +189,9 @@ def places_of(settings, model):
                          "BART: a GPT-2 reads all that fits its positions; leave it out")
     lengths = {}
     for part in (settings.prefixes or ",".join(model.places)).split(","):
-        place, _, length = part.strip().partition("=")
+        place, equals, length = part.strip().partition("=")
         if (place not in model.places or place in lengths
-                or length and not (length.isdecimal() and int(length))):
+                or equals and not (length.isdecimal() and int(length))):
             raise ValueError(f"got --prefixes {settings.prefixes}; expected one or more of "
                              f"{', '.join(model.places)}, each once, with =LENGTH, at least 1, or "
                              "without")

@@ -69,7 +69,10 @@ def test_a_tied_copy_that_differs_is_refused(bart, tmp_path):
 
 @pytest.mark.parametrize("option, value", [
     ("activation_function", "relu"), ("scale_embedding", True), ("normalize_before", True),
-    ("static_position_embeddings", True), ("d_model", "24"), ("decoder_start_token_id", None)])
+    ("add_final_layer_norm", True), ("normalize_embedding", False), ("add_bias_logits", True),
+    ("static_position_embeddings", True), ("extra_pos_embeddings", 0),
+    ("is_encoder_decoder", False), ("tie_word_embeddings", False), ("d_model", "24"),
+    ("decoder_start_token_id", None)])
 def test_another_function_is_refused_by_name(bart, tmp_path, option, value):
     """Would catch: a checkpoint whose tensors fit and whose function is another one."""
     with pytest.raises(ValueError, match=f"with {option} = {value!r}; expected .*; "):

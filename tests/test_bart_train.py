@@ -114,10 +114,8 @@ def test_places_and_their_lengths_can_be_chosen(bart, given, lengths):
                                    "cross=x", ","])
 def test_other_places_are_refused(bart, given):
     """Would catch: a traceback, or a prefix of no length that learns nothing."""
-    if given == "cross=":
-        given = "cross=0"
-    with pytest.raises(ValueError, match="got .*expected .*"):
-        Prefixes(bart.config, places_of(Settings(prefixes=given, prefix_len=7), bart), 16)
+    with pytest.raises(ValueError, match=f"got --prefixes {given}; expected one or more of"):
+        places_of(Settings(prefixes=given, prefix_len=7), bart)
 
 
 def test_gpt2_has_one_place(bart, model):
@@ -204,6 +202,7 @@ def test_headlines_are_learned_decoded_and_scored(task, capsys):
 
 def test_fine_tuning_goes_through_the_same_loop(task):
     """Would catch: an attribute error after minutes of loading, a BART that is saved half."""
+    pytest.importorskip("baselines", reason="baselines.py, a side door, is not here")
     for flag in ("--prefix-len", "--mid-dim"):
         del task[task.index(flag):task.index(flag) + 2]
     with pytest.raises(ValueError, match="got --method finetune-top2 with a BART; expected"):

@@ -1,4 +1,5 @@
 """Fine-tuning, the paper's baseline, through the same loop: what learns, what is kept, what not."""
+import itertools
 import json
 import math
 import shutil
@@ -15,6 +16,7 @@ from batches import collate
 from checkpoint import load, save
 from loss import target_nats
 from opening import open_model
+from settings import DEFAULTS
 from train import Run, Settings
 
 
@@ -88,11 +90,24 @@ def test_a_fine_tuned_run_is_resumed_and_decoded_as_its_own_model(task, tmp_path
     capsys.readouterr()
     sample.main(["--run", "whole", "--device", "cpu", "--max-new", "8", "n : 3"])
     tuned = capsys.readouterr().out
-    said = sample.Speaker(sample.Settings(run=["whole"], device="cpu", max_new=8)).say(["n : 3"])[0]
-    assert tuned == said + "\n"
+    speaker = sample.Speaker(sample.Settings(run=["whole"], device="cpu", max_new=8))
+    assert tuned == speaker.say(["n : 3"])[0] + "\n"
+    assert torch.equal(speaker.model.wte.weight, a["wte.weight"])
+    frozen = load(model_directory).wte.weight
+    assert not torch.equal(speaker.model.wte.weight, frozen)
     logs = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
     losses = [line["dev_loss"] for line in logs if "dev_loss" in line]
     assert losses[-1] < losses[0] and all(map(math.isfinite, losses))
+
+
+def test_the_papers_settings_are_the_defaults():
+    """Table 6: learning rate, epochs, pairs in a batch. Would catch: one row in another's place."""
+    assert {key: tuple(DEFAULTS[key[0]][key[1]][name] for name in ("lr", "epochs", "batch_size"))
+            for key in itertools.product(("finetune", "finetune-top2"), ("e2e", "webnlg", "dart"))
+            } == {("finetune", "e2e"): (5e-5, 5, 10), ("finetune", "webnlg"): (1e-5, 10, 6),
+                  ("finetune", "dart"): (1e-5, 10, 6), ("finetune-top2", "e2e"): (5e-5, 5, 10),
+                  ("finetune-top2", "webnlg"): (5e-5, 10, 9),
+                  ("finetune-top2", "dart"): (5e-5, 5, 5)}
 
 
 def test_a_fine_tuned_model_alone_is_not_read_with_other_tokens(task, model_directory):

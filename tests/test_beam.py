@@ -206,3 +206,14 @@ def test_a_mistake_is_told_in_one_sentence(runs, arguments, words, tmp_path, mon
     names = {"A": runs[0], "B": runs[1], "C": str(tmp_path / "c")}
     with pytest.raises(ValueError, match=words):
         sample.main([*(names.get(a, a) for a in arguments), "--device", "cpu"])
+
+
+def test_what_the_source_says_is_not_said_again_either():
+    """Would catch: --no-repeat that looks at the answer only. 17 tokens, 12 of them in the source.
+    """
+    model, rules = random_gpt2(vocab_size=17), Rules(16, 4, no_repeat=1)
+    prompts = [list(range(i, i + 12)) for i in range(4)]
+    beams = [row for row, _ in search(GPT2Reader(model, prompts, None, 4, 3), rules, 3)]
+    for rows in (generate(model, prompts, rules), beams):
+        for prompt, row in zip(prompts, rows):
+            assert len({*prompt, *row}) == len(prompt + row)

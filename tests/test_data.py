@@ -11,7 +11,7 @@ import tarfile
 
 import pytest
 
-from data import formats, summaries, tasks
+from data import formats, summaries, tasks, world
 from data.tasks import Example, load
 
 
@@ -333,6 +333,12 @@ def test_every_task_has_three_splits_with_address_and_digest():
                                 for split in ("train", "dev", "test")}
     for url, sha256, files in tasks.FILES.values():
         assert url.startswith("https://") and len(bytes.fromhex(sha256)) == 32 and files
+
+
+def test_each_world_is_its_own_style():
+    """Would catch: world-hard that is the near one, and its claims with it."""
+    for name, style in (("world", "near"), ("world-hard", "hard")):
+        assert load(name, "dev") == world.task(style, "dev")
 
 
 @pytest.mark.parametrize("name", ["world", "world-hard"])

@@ -204,6 +204,40 @@ def test_the_program_writes_texts_and_scores(run, monkeypatch, capsys):
     assert "all" in capsys.readouterr().out
 
 
+def test_each_part_is_scored_on_its_own_texts_by_the_rule_of_its_data(run, monkeypatch):
+    """Would catch: texts of other tables, E2E's rule for all, flags that decoding never gets."""
+    told = json.loads((run / "config.json").read_text())
+    data, folder = told["settings"]["data"], str(run.parent)
+    told["settings"] |= {"data": "webnlg", "data_dir": folder}
+    (run / "config.json").write_text(json.dumps(told))
+    examples, asked, rules = tasks.load(data, "test"), [], []
+    monkeypatch.setattr(tasks, "load", lambda *given: asked.append(given) or examples)
+
+    def say(speaker, sources, runs=None):
+        assert speaker.settings.length_penalty == 0.5
+        return [f"it is {source[-1]}" for source in sources]
+    monkeypatch.setattr(sample.Speaker, "say", say)
+
+    def right(texts, references, rule):
+        rules.append(rule)
+        return {"right": sum(text in some for text, some in zip(texts, references, strict=True))}
+    monkeypatch.setattr(evaluate, "SCORERS", {"right": right})
+    evaluate.main(["--run", str(run), "--device", "cpu", "--topics", "--length-penalty", "0.5",
+                   "--beam", "2", "--max-new", "6"])
+    scores = json.loads((run / "test.scores.json").read_text())["scores"]
+    assert {part: told["right"] for part, told in scores.items()} == {
+        "all": 3, "unseen": 3, "a": 2, "b": 1}
+    assert asked == [("webnlg", "test", folder)] and set(rules) == {evaluate.RULES["webnlg"]}
+
+
+def test_words_are_compared_by_their_stems():
+    """Would catch: rouge-score without its stemmer, a mean over something else than the texts."""
+    need("rouge_score")
+    told = evaluate.of_rouge_score(["the ships sail", "a b", "c"],
+                                   [["the ship sailed"], ["x"], ["y"]], evaluate.Rule())
+    assert told["R-1"] == pytest.approx(100 / 3)
+
+
 def test_no_run_and_no_test_set_are_told_in_one_sentence(run, monkeypatch):
     """Would catch: a traceback."""
     with pytest.raises(ValueError, match="got no --run; expected"):

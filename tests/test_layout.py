@@ -82,14 +82,25 @@ def test_imports_go_one_way(path):
 
 
 def test_the_core_runs_without_the_side_doors(tmp_path):
-    """Would catch: a core that cannot be taken home alone."""
-    for path in [*(ROOT / name for name in CORE), *ROOT.glob("data/*.py")]:
+    """Would catch: a core that cannot be taken home alone; tests of it that need more."""
+    for path in [*(ROOT / name for name in CORE), *ROOT.glob("data/*.py"),
+                 *ROOT.glob("tests/*.py"), *ROOT.glob("weights/tiny-gpt2/*.*")]:
         target = tmp_path / path.relative_to(ROOT)
-        target.parent.mkdir(exist_ok=True)
-        target.write_text(path.read_text("utf-8"), "utf-8")
-    ended = subprocess.run([sys.executable, "train.py", "--model", "gpt2"], cwd=tmp_path,
-                           capture_output=True, text=True)
-    assert ended.returncode == 2 and ended.stderr.startswith("error: got the model 'gpt2'")
+        target.parent.mkdir(exist_ok=True, parents=True)
+        target.write_bytes(path.read_bytes())
+
+    def ended(*words):
+        return subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True,
+                              text=True)
+    missing = ended("train.py", "--model", "gpt2")
+    assert missing.returncode == 2 and missing.stderr.startswith("error: got the model 'gpt2'")
+    learned = ended("train.py", "--steps", "2", "--dev-pairs", "10", "--device", "cpu", "--out",
+                    "run")
+    said = ended("sample.py", "--run", "run", "--device", "cpu", "name : Rudibis")
+    assert learned.returncode == said.returncode == 0, learned.stderr + said.stderr
+    assert "dev loss" in learned.stdout and said.stdout.strip()
+    found = ended("-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests")
+    assert found.returncode == 0, found.stdout
 
 
 def test_files_functions_and_lines_stay_short():

@@ -52,6 +52,20 @@ def test_there_and_back_is_the_same_prefix(run, tmp_path, model_directory):
     assert flat[3, ((2 * 2 + 1) * 4 + 1) * 6 + 5] == prefix[2, 1, 0, 1, 3, 5]
 
 
+def test_a_published_model_has_its_published_name_there_and_ours_here(run, tmp_path, monkeypatch,
+                                                                      model_directory):
+    """Would catch: a base model that peft cannot find, or that we cannot."""
+    monkeypatch.setattr("opening.WEIGHTS", model_directory.parent)
+    monkeypatch.setitem(convert.NAMES, model_directory.name, ("somebody/a-gpt2", "0" * 40))
+    told = {"settings": {"model": model_directory.name, "data": "x", "data_dir": ""}}
+    (run / "config.json").write_text(json.dumps(told))
+    convert.main(["--run", str(run), "--to-peft", str(tmp_path / "peft")])
+    about = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert about["base_model_name_or_path"] == "somebody/a-gpt2"
+    convert.main(["--from-peft", str(tmp_path / "peft"), "--out", str(tmp_path / "back")])
+    assert sample.run_settings(tmp_path / "back")["model"] == model_directory.name
+
+
 def test_training_goes_on_from_a_prefix_of_peft(run, tmp_path, model_directory, capsys):
     """Would catch: a start at random, or a prefix of the default length."""
     back = to_and_from(run, tmp_path, model_directory)

@@ -179,11 +179,6 @@ def server():
         thread.join()
 
 
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-
-
 @pytest.mark.parametrize("page", ["/whole", "/moved", "/unsized"])
 def test_a_download_is_the_file_and_nothing_else(server, tmp_path, page):
     """Would catch pieces that are lost, and the digest of a redirect taken for the file's."""

@@ -1,4 +1,5 @@
 """The prefix itself: what it is to the model, how it starts, how it is kept."""
+import inspect
 import pickle
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from conftest import random_gpt2
 
 from model import GPT2, GPT2Config
-from prefix import Prefix, counts, keys_and_values, load_prefix, save_prefix
+from prefix import Prefix, Prefixes, counts, keys_and_values, load_prefix, save_prefix
 
 EXACT = 1e-10       # float64 sums in another order: about 1e-15 of numbers of order 10
 
@@ -143,3 +144,23 @@ def test_a_file_that_is_no_prefix_is_refused(model, tmp_path, content, capsys):
     with pytest.raises(ValueError, match="which is no prefix"):
         load_prefix(tmp_path / "absent.pt", model)
     assert "never" not in capsys.readouterr().out
+
+
+def test_words_are_fitted_as_in_the_official_code():
+    """500 steps at 1e-4. Would catch: a fit that ends too soon, of which nothing else would tell.
+    """
+    for kind in (Prefix, Prefixes):
+        given = inspect.signature(kind.start_from).parameters
+        assert (given["steps"].default, given["lr"].default) == (500, 1e-4)
+
+
+def test_a_prefix_leaves_nothing_behind_in_the_model(model, bart):
+    """Would catch: a prefix, or keys and values, kept on a module: the next call would see them."""
+    def names(net):
+        return {(name, key) for name, module in net.named_modules() for key in vars(module)}
+    before = names(model), names(bart)
+    model(torch.tensor([[1, 2, 3]]), Prefix(model.config, 5, 0).double()())
+    three = Prefixes(bart.config, dict(encoder=2, decoder=3, cross=4), 0).double()()
+    source = torch.tensor([[4, 5]]), torch.ones(1, 2, dtype=torch.bool)
+    bart(torch.tensor([[1, 2, 3]]), three, memory=bart.encode(*source, three))
+    assert (names(model), names(bart)) == before

@@ -1,6 +1,8 @@
 """Decoding: the cache, ragged batches, what ends a text, how a token is drawn; and the program."""
 import functools
+import gzip
 import json
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +14,8 @@ import opening
 import sample
 import train
 from beam import Rules
+from data.tokenizer import load_tokenizer
+from model import attend
 from sample import choose, generate
 
 EOS = 256
@@ -175,20 +179,87 @@ def test_the_seed_decides_what_is_drawn(trained, capsys):
     assert draw("1") == draw("1") != draw("2")
 
 
-def test_the_flags_reach_the_decoder(trained, model_directory, capsys):
+def test_the_flags_reach_the_decoder(trained, model_directory, capsys, monkeypatch):
     """Would catch: a flag that is read and then forgotten."""
     one = functools.partial(said, capsys, "--run", trained, "n : 3")
     greedy = one()
     assert one("--temperature", "9", "--top-k", "1") == greedy != one("--temperature", "9")
     assert one("--temperature", "9", "--top-p", "1e-9") == greedy
     assert "i" in greedy and "i" not in one("--ban", "i")
-    short, long = (sample.Settings(run=[trained], min_new=n, max_new=12, device="cpu")
-                   for n in (0, 12))
-    end = sample.Speaker(long).say(["n : 3"])[0]
-    assert len(end) >= len(sample.Speaker(short).say(["n : 3"])[0])
-    assert sample.Speaker(short).rules.banned == (10,)             # the line break
-    frozen = sample.Settings(model=str(model_directory), device="cpu")
-    assert sample.Speaker(frozen).rules.banned == ()
+    def speaker(**given):
+        return sample.Speaker(sample.Settings(device="cpu", **given))
+    rules = speaker(run=[trained], max_new=12, min_new=3, no_repeat=4).rules
+    assert (rules.max_new, rules.min_new, rules.no_repeat) == (12, 3, 4)
+    assert rules.banned == (10,)                                    # the line break
+    assert speaker(model=str(model_directory)).rules.banned == ()
+    calls = []
+    monkeypatch.setattr(sample, "search", lambda reader, *rest: calls.append(rest) or [([1], 0.0)])
+    many = speaker(run=[trained], beam=3, length_penalty=0.7, stop="sure", max_new=5)
+    many.say(["n : 3"])
+    assert calls == [(many.rules, 3, 0.7, "sure")]
+
+
+def test_the_attention_that_is_asked_for_is_the_one_that_is_used(model_directory, monkeypatch):
+    """Would catch: --attention fused that decodes with the explicit form without a word."""
+    calls = []
+
+    def other(*inputs, causal):
+        calls.append(1)
+        return attend(*inputs, causal)
+    monkeypatch.setattr(sample, "find_attention", lambda name, model: {"fused": other}[name])
+    speaker = sample.Speaker(sample.Settings(model=str(model_directory), device="cpu", max_new=2,
+                                             attention="fused", beam=1))
+    speaker.say(["x"])
+    assert len(calls) == 2 * 3                      # two tokens, three layers
+
+
+def test_what_a_bart_is_made_to_say_comes_from_its_config(bart_directory, tmp_path):
+    """Would catch: texts without the <s> and </s> that the model's makers force."""
+    shutil.copytree(bart_directory, tmp_path / "bart")
+    about = json.loads((tmp_path / "bart/config.json").read_text())
+    about["config"]["decoding"] = {"forced_bos_token_id": 0, "forced_eos_token_id": 2}
+    (tmp_path / "bart/config.json").write_text(json.dumps(about))
+    rules = sample.Speaker(sample.Settings(model=str(tmp_path / "bart"), device="cpu")).rules
+    assert (rules.first, rules.last) == (0, 2)
+
+
+def test_a_long_text_goes_on_from_its_end(model_directory):
+    """Of the frozen model alone. Would catch: the beginning kept, and the end cut off."""
+    speaker = sample.Speaker(sample.Settings(model=str(model_directory), device="cpu", max_new=10))
+    ids = speaker.tokens("x" * 60 + "end", speaker.model.no_prefix())
+    assert bytes(ids) == b"x" * 51 + b"end"         # 64 positions
+
+
+def test_prefixes_of_several_lengths_leave_each_other_room(model):
+    """Would catch: the longest prefix added to the longest prompt of another row."""
+    own = [torch.randn(3, 2, 1, 4, P, 6, dtype=torch.float64) for P in (20, 1)]
+    rows = generate(model, [[1] * 5, [1] * 50], Rules(EOS, 100, 100), own)
+    assert [len(row) for row in rows] == [13, 13]   # 64 positions, 50 + 1 of them taken
+
+
+def test_files_of_sources_come_from_everywhere(tmp_path):
+    """Would catch: line ends of Windows in the source, a packed file taken for text."""
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\r\n")
+    assert sample.requests_in(tmp_path / "a.txt", ["r"]) == (["one", "two"], ["r", "r"])
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"source": "x"}\n'))
+    assert sample.requests_in(tmp_path / "a.jsonl.gz", ["r"]) == (["x"], ["r"])
+
+
+def test_the_line_breaks_of_gpt2_are_two_tokens(tmp_path):
+    """Would catch: an empty line, a token of its own, in the middle of a text of one line."""
+    try:
+        tokenizer = load_tokenizer(tmp_path)
+    except OSError as error:
+        pytest.skip(f"GPT-2's vocabulary is not here: {error}")
+    assert {token for text in sample.LINE_BREAKS for token in tokenizer.encode_ordinary(text)} == {
+        198, 628}
+
+
+def test_summaries_are_decoded_as_the_official_code_does():
+    """Its 11 and 62 count the token that BART starts from. Would catch: these numbers as they are.
+    """
+    assert sample.DEFAULTS["xsum"] == dict(beam=6, min_new=10, max_new=61, length_penalty=0.8)
+    assert sample.DEFAULTS["e2e"] == dict(beam=5, min_new=5, max_new=100, length_penalty=1.0)
 
 
 def test_prompts_that_cannot_be_gone_on_with_are_refused(model, prefix):
@@ -210,7 +281,7 @@ def test_a_source_that_is_too_long_is_cut_aloud(trained, capsys):
     ([], "got neither of --run and --model"),
     (["--run", "RUN", "--model", "gpt2"], "got both of --run and --model"),
     (["--run", "nowhere", "x"], "got nowhere, which is no run"),
-    (["--model", "gpt2-smal", "x"], "got the model 'gpt2-smal'.*did you mean gpt2"),
+    (["--model", "tiny-gpt", "x"], "got the model 'tiny-gpt'.*did you mean tiny-gpt2"),
     (["--run", "RUN", "x", "--top-p", "0"], "got --top-p 0.0; expected a number from"),
     (["--run", "RUN", "x", "--top-k", "5"], "got --top-k or --top-p without --temperature"),
     (["--run", "RUN", "x", "--max-new", "60"], "leaves no room for a source"),

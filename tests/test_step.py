@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import random_bart, random_gpt2
+from conftest import gradients, random_bart, random_gpt2, shared_pairs, some_learner
 from test_bart_train import some_pairs as bart_pairs
 from test_bart_train import some_prefixes
 from torch.profiler import ProfilerActivity, profile
@@ -13,31 +13,9 @@ import train
 from batches import batch_of
 from data.sequence import Pair
 from loss import target_nats
-from prefix import Prefix
 from train import Run, Settings
 
 step = pytest.importorskip("step", reason="step.py, a side door, is not here")
-
-
-def shared_pairs():
-    """14 pairs of 5 sources, mixed; one source begins as another does, two have one target only."""
-    torch.manual_seed(4)
-    counts = {(5, 6, 7): 6, (5, 6): 3, (9, 8, 7, 6, 5): 3, (11,): 1, (12, 13): 1}
-    pairs = [Pair([*source, *torch.randint(257, (1 + i % 5,)).tolist()], len(source))
-             for source, n in counts.items() for i in range(n)]
-    return [pairs[i] for i in torch.randperm(len(pairs)).tolist()]
-
-
-def gradients(model, learner, batch, nats=target_nats):
-    """The loss, and the gradients of everything that learns."""
-    theta = list(learner.parameters())
-    loss = nats(model, learner(), batch)
-    return [loss.detach(), *torch.autograd.grad(loss, theta)]
-
-
-def some_learner(model, mid_dim=16):
-    torch.manual_seed(3)
-    return Prefix(model.config, 5, mid_dim).to(model.wte.weight.dtype)
 
 
 def nodes(function, seen):
@@ -57,6 +35,7 @@ def test_a_layers_part_of_the_prefix_has_a_gradient_of_its_own_size(kind):
     model = random_gpt2() if kind == "gpt2" else random_bart()
     learner = some_learner(model, 0) if kind == "gpt2" else some_prefixes(model, 0)
     batch = batch_of(model, shared_pairs() if kind == "gpt2" else bart_pairs())
+    model.wte.weight.requires_grad_()       # no FrozenHead then: older PyTorch hides what is behind
     names = nodes(target_nats(model, learner(), batch).grad_fn, set())
     assert "UnbindBackward0" in names and "SelectBackward0" not in names
 
@@ -108,6 +87,24 @@ def test_a_further_layer_keeps_one_hidden_state():
     hidden = B * T * 24 * 8                         # (B, T, C) in float64
     assert hidden <= layers_cost(batch, step.checkpoint_blocks) < hidden + 64       # bookkeeping
     assert layers_cost(batch, lambda model: None) > 10 * hidden
+
+
+def test_every_block_of_a_bart_is_computed_again():
+    """Would catch: an encoder that keeps all, a first block that is left out."""
+    for model in (random_gpt2(), random_bart()):
+        step.checkpoint_blocks(model)
+        blocks = [module for module in model.modules()
+                  if type(module).__name__ in ("Block", "EncoderLayer", "DecoderLayer")]
+        assert blocks and all("forward" in vars(block) for block in blocks)
+    found = {}
+    for name, prepare in (("kept", lambda model: None), ("again", step.checkpoint_blocks)):
+        model = random_bart()
+        learner, batch = some_prefixes(model, 0), batch_of(model, bart_pairs())
+        prepare(model)
+        gradients(model, learner, batch)            # what is made once and kept is made here
+        prefix = learner()
+        found[name] = kept(lambda: target_nats(model, prefix, batch))
+    assert 3 * found["again"] < found["kept"]
 
 
 # ---- compiled
@@ -183,9 +180,9 @@ def test_a_recorded_step_is_the_step(dtype):
         losses.append([run.update(batch).item() for batch in batches])
         learned.append(learner().detach())
     eps = torch.finfo(dtype).eps
-    assert losses[1] == pytest.approx(losses[0], rel=100 * eps)
+    assert losses[1] == pytest.approx(losses[0], rel=4 * eps if dtype == torch.bfloat16 else 1e-5)
     far = (learned[1] - learned[0]).norm() / learned[0].norm()
-    assert far < 1e4 * eps if dtype == torch.float32 else far < 0.1     # AdamW divides by tiny ones
+    assert far < (1e-3 if dtype == torch.float32 else 0.05)     # 0.15 where a batch is one behind
 
 
 def test_a_missing_compiler_is_told(monkeypatch):

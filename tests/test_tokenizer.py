@@ -13,6 +13,7 @@ from data.tokenizer import END_OF_TEXT, GPT2_SPLIT, load_tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ["The Vaults pub near Café Adriatic has a 5 star rating.  Prices start at £30.",
          "  two blanks in front, tabs\t\tand\n\nlines at the end \n ", "don't we'll 12345 ...?!",
+         "I've they're he'd I'm it's",
          "", "naïve \u6771\u4eac \U0001f600 e\u0301 \u2028 \x00 <|endoftext|>"]
 
 

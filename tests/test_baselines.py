@@ -110,7 +110,8 @@ def test_the_papers_settings_are_the_defaults():
                   ("finetune-top2", "dart"): (5e-5, 5, 5)}
 
 
-def test_a_fine_tuned_model_alone_is_not_read_with_other_tokens(task, model_directory):
+def test_a_fine_tuned_model_alone_is_not_read_with_other_tokens(task, model_directory, tmp_path,
+                                                                bart_directory):
     """Would catch: out/RUN/model taken for a model, and its tokens for GPT-2's 50,257."""
     train.main([*task, "--method", "finetune", "--out", "run"])
     with pytest.raises(ValueError, match="whose model has 257 tokens of its own; expected "
@@ -118,19 +119,30 @@ def test_a_fine_tuned_model_alone_is_not_read_with_other_tokens(task, model_dire
         open_model("run/model", "cpu", "fp32")
     shutil.copy(model_directory / "tokenizer.tiktoken", "run/model")
     assert open_model("run/model", "cpu", "fp32")[1].n_vocab == 257
+    shutil.copytree(bart_directory, tmp_path / "bart")
+    (tmp_path / "bart" / "dict.txt").rename(tmp_path / "run" / "model" / "dict.txt")
+    for directory in ("bart", "run/model"):         # a BART without its numbers, a GPT-2 with them
+        with pytest.raises(ValueError, match="tokens of its own; expected"):
+            open_model(directory, "cpu", "fp32")
 
 
 def test_a_model_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):
     """Would catch: the best model lost on a full disk, half of a directory left behind."""
     save(random_gpt2(seed=1), tmp_path / "model")
 
-    def full(*_):
+    def full(*_, **options):
         raise RuntimeError("unexpected pos: no space left on device")
     monkeypatch.setattr("checkpoint.torch.save", full)
     with pytest.raises(OSError, match="what was there before is untouched"):
         save(random_gpt2(seed=2), tmp_path / "model")
     again = load(tmp_path / "model", dtype=torch.float64)
     assert torch.equal(again.wte.weight, random_gpt2(seed=1).wte.weight)
+    monkeypatch.undo()
+    monkeypatch.setattr("checkpoint.json.dump", full)           # new weights, and no config.json
+    with pytest.raises(OSError):
+        save(random_gpt2(seed=2), tmp_path / "model")
+    with pytest.raises(ValueError, match="has no config.json"):
+        load(tmp_path / "model")
 
 
 @pytest.mark.parametrize("flag", [["--prefix-len", "3"], ["--mid-dim", "0"], ["--init", "words"]])

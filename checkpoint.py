@@ -7,6 +7,7 @@ Not here: what the models compute (model.py), foreign files (convert.py).
 import dataclasses
 import hashlib
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def save(model, directory):
     with whole_file(directory / "model.pt") as file:
         torch.save(model.state_dict(), file)
         file.flush()                    # what was there before is needed where the disk is full
+        os.fsync(file.fileno())
         # Without its config.json the directory is no model: a kill between the two files cannot
         # leave new weights under an old fingerprint.
         (directory / "config.json").unlink(missing_ok=True)

@@ -275,7 +275,7 @@ def convert(source_directory, out_directory):
                          f"{' or '.join(VOCABULARIES)}, for its tokens have other numbers than "
                          "GPT-2's; download one from the model's page")
     if model.architecture == "gpt2" and "vocab.json" in (path.name for path in vocabularies):
-        tokens = json.loads((Path(source_directory) / "vocab.json").read_text("utf-8"))
+        tokens = read_object(Path(source_directory) / "vocab.json")
         if (tokens.get("\u0120the"), tokens.get("<|endoftext|>")) != (262, 50256):
             raise ValueError(f"got {source_directory}, a GPT-2 with a vocabulary of its own; "
                              "expected GPT-2's, the only one that it would be read with; choose "

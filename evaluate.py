@@ -36,7 +36,7 @@ class Settings:
     data_dir: str = flag("", "read the data set from here; left out: as the run did")
     examples: int = flag(0, "the first so many tables only; 0: all", within=(0, inf))
     topics: bool = flag(False, "score each topic by itself, too")
-    beam: int = flag(None, "as in sample.py; left out: what the paper does on the run's data",
+    beam: int = flag(None, "as in sample.py; left out: by the run's data, see there",
                      kind=int, within=(1, 1000))
     length_penalty: float = flag(None, "as in sample.py", kind=float, within=(-100, 100))
     max_new: int = flag(None, "as in sample.py", kind=int, within=(1, inf))
@@ -61,10 +61,10 @@ def kept_texts(path, about):
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text("utf-8", errors="replace").split("\n"):  # cut, maybe, in a letter
+    for line in path.read_bytes().split(b"\n"):
         try:
             rows.append(json.loads(line))
-        except ValueError:                          # the last line of a call that was killed
+        except ValueError:              # the last line of a call that was killed, cut anywhere
             break
     if rows and rows[0] != about:
         differ = ", ".join(f"{key} ({rows[0].get(key)}, now {about[key]})" for key in about

@@ -74,11 +74,14 @@ def open_model(name, device, dtype, weights=None):
     directory = find_model(name)
     model = load(weights or directory, *decide_device(device, dtype))
     tokenizer = load_tokenizer(directory)
-    if (tokenizer.n_vocab > model.config.vocab_size
-            or (model.architecture == "bart") != isinstance(tokenizer, BARTTokenizer)):
-        raise ValueError(f"got {directory}, whose model has {model.config.vocab_size} tokens of "
-                         f"its own; expected {' or '.join(OWN_FILES)} beside it; copy what there "
-                         "is of these from the directory of the model that it was made of")
+    numbered = isinstance(tokenizer, BARTTokenizer)
+    # A BART may have no row for <mask>, the last number, which no text has.
+    most = max(tokenizer.ours.values()) if numbered else tokenizer.n_vocab - 1
+    if most >= model.config.vocab_size or numbered != (model.architecture == "bart"):
+        raise ValueError(f"got {directory}, whose vocabulary is not that of its model, of "
+                         f"{model.config.vocab_size} tokens; expected {', '.join(OWN_FILES)} as "
+                         "they stood beside the model that it was made of; copy what was there, "
+                         "delete what was not")
     return model, tokenizer
 
 

@@ -71,7 +71,7 @@ class Settings:
     prefixes: str = flag("", "BART's places and, after =, their lengths where it is not "
                              "--prefix-len: encoder,decoder,cross=20; left out: all three")
     mid_dim: int = flag(None, "hidden width of the MLP in front of the prefix; 0: no MLP; left "
-                              "out: 512, for XSum 800", kind=int, within=(0, inf))
+                              "out: 512, for summarising 800", kind=int, within=(0, inf))
     init: str = flag("random", "start from N(0, 1), from U(0, 1), or from what the model makes of "
                                "real words", choices=["random", "uniform", "words"])
     start_from: str = flag("", "start from the prefix of this run, of train.py or of convert.py "
@@ -115,14 +115,13 @@ class Settings:
     stop_at: int = flag(0, "stop after this step as Ctrl-C would, to be resumed; 0: at the end",
                         within=(0, inf))
 
+    given = frozenset()         # no flag: which of them the command line has, where there is one
+
 
 def resolve(settings):
     """Fill in what was left out with the data set's defaults: config.json says everything."""
     if settings.steps and settings.epochs:
         raise ValueError("got --steps and --epochs; expected one of them; leave one out")
-    if settings.init != "words" and settings.init_text != Settings.init_text:
-        raise ValueError(f"got --init-text with --init {settings.init}; expected it with --init "
-                         "words; add that, or leave it out")
     if settings.init == "words" and settings.prefix_len:
         raise ValueError("got --prefix-len with --init words; expected one of them: the words of "
                          "--init-text decide the length")
@@ -130,7 +129,7 @@ def resolve(settings):
                                 settings.init != "random"):
         raise ValueError("got --start-from with --prefix-len, --prefixes or --init; expected it "
                          "without: the prefix of that run decides; leave them out")
-    if settings.start_from and settings.model == Settings.model:
+    if settings.start_from and "model" not in settings.given:
         settings.model = run_settings(settings.start_from)["model"]
     if settings.method != "prefix":
         for field in dataclasses.fields(Settings):
@@ -138,6 +137,9 @@ def resolve(settings):
                 raise ValueError(f"got --{field.name.replace('_', '-')} with --method "
                                  f"{settings.method}, which has no prefix; expected one of them; "
                                  "leave one out")
+    if settings.init != "words" and settings.init_text != Settings.init_text:
+        raise ValueError(f"got --init-text with --init {settings.init}; expected it with --init "
+                         "words; leave it out" + ("" if settings.start_from else ", or add that"))
     if settings.pack == "yes" and (settings.compile or settings.method != "prefix"):
         raise ValueError("got --pack yes with --compile or with a --method that moves the weights; "
                          "expected --pack alone; leave it out")
@@ -183,10 +185,6 @@ def places_of(settings, model):
     if model.architecture != "bart" and settings.prefixes:
         raise ValueError(f"got --prefixes {settings.prefixes} with {settings.model}; expected a "
                          "BART, GPT-2 has one place only; leave it out")
-    if model.architecture != "bart" and (settings.max_source, settings.max_target) != (
-            Settings.max_source, Settings.max_target):
-        raise ValueError(f"got --max-source or --max-target with {settings.model}; expected a "
-                         "BART: a GPT-2 reads all that fits its positions; leave it out")
     lengths = {}
     for part in (settings.prefixes or ",".join(model.places)).split(","):
         place, equals, length = part.strip().partition("=")
@@ -204,3 +202,14 @@ def places_of(settings, model):
         raise ValueError(f"got a prefix of {settings.prefix_len}; expected less than the model's "
                          f"{model.config.n_positions} positions; lower --prefix-len")
     return lengths
+
+
+def room_for(settings, model, learner):
+    """How many tokens a pair may have; of BART a source, and a target."""
+    most = model.config.n_positions
+    if model.architecture == "bart":            # they do not share the positions, nor with a prefix
+        return min(settings.max_source, most), min(settings.max_target, most)
+    if {"max_source", "max_target"} & settings.given:
+        raise ValueError(f"got --max-source or --max-target with {settings.model}; expected a "
+                         "BART: a GPT-2 reads all that fits its positions; leave it out")
+    return most - learner().size(4)

@@ -43,7 +43,7 @@ from plumbing import parse, whole_file
 from plumbing import run as run_program
 from prefix import Prefix, Prefixes, counts, keys_and_values, load_prefix, parts
 from sample import LINE_BREAKS, generate
-from settings import NOTES, Settings, places_of, resolve, resumed
+from settings import NOTES, Settings, places_of, resolve, resumed, room_for
 
 # ---- the run: its settings, its state, what is kept on disk
 
@@ -110,14 +110,6 @@ def make_learner(settings, model, tokenizer):
         return make_prefix(settings, model, tokenizer)
     from baselines import FineTune              # a side door
     return FineTune(model, top=2 if settings.method == "finetune-top2" else None)
-
-
-def room_for(settings, model, learner):
-    """How many tokens a pair may have; of BART a source, and a target."""
-    most = model.config.n_positions
-    if model.architecture == "bart":            # they do not share the positions, nor with a prefix
-        return min(settings.max_source, most), min(settings.max_target, most)
-    return most - learner().size(4)
 
 
 class Run:

@@ -179,7 +179,8 @@ def main(*paths):
                          "`python figures/draw_claims.py figures/results/claims.jsonl`")
     lines = [json.loads(line) for line in Path(paths[0]).read_text("utf-8").splitlines()]
     results = Results([line for line in lines if line["model"] == "tiny-gpt2"
-                       and line["references"] == "varied" and line["test_seed"] == 1])
+                       and line["references"] == "varied" and line["test_seed"] == 1
+                       and line["tables"] == 200])
     if missing(results):
         raise SystemExit(f"error: got {paths[0]} without runs of {'; '.join(missing(results))}; "
                          "expected the whole plan; run the rest, or add --no-picture")

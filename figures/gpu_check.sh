@@ -11,7 +11,8 @@ PARTS="tests attention train-bf16 decode-bf16 train-fp32 decode-fp32 dev-bf16"
 folder=${1:-figures/results/gpu}
 shift
 failed=0
-limited() { timeout --signal=INT "${LIMIT:-3600}" "$@" || failed=1; }
+# In the foreground, so that Ctrl-C reaches it; what does not end by itself is killed.
+limited() { timeout --foreground -s INT -k 60 "${LIMIT:-3600}" "$@" || failed=1; }
 if ! python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "got no GPU that PyTorch can use; expected CUDA; \`python bench.py\` times a CPU" >&2
     exit 2

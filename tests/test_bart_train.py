@@ -12,8 +12,8 @@ from data.sequence import Pair
 from loss import dev_loss, target_nats
 from model import Places
 from prefix import Prefixes, load_prefix
-from settings import Settings, places_of, resolve
-from train import Run, room_for
+from settings import Settings, places_of, resolve, room_for
+from train import Run
 
 
 def some_pairs(n=5):

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import random_gpt2
+from conftest import random_bart, random_gpt2
 from test_train import some_pairs
 
 import sample
@@ -114,15 +114,19 @@ def test_a_fine_tuned_model_alone_is_not_read_with_other_tokens(task, model_dire
                                                                 bart_directory):
     """Would catch: out/RUN/model taken for a model, and its tokens for GPT-2's 50,257."""
     train.main([*task, "--method", "finetune", "--out", "run"])
-    with pytest.raises(ValueError, match="whose model has 257 tokens of its own; expected "
-                                         "tokenizer.tiktoken or .*copy"):
+    with pytest.raises(ValueError, match="whose vocabulary is not that of its model, of 257 "
+                                         "tokens; expected tokenizer.tiktoken, .*copy"):
         open_model("run/model", "cpu", "fp32")
     shutil.copy(model_directory / "tokenizer.tiktoken", "run/model")
     assert open_model("run/model", "cpu", "fp32")[1].n_vocab == 257
     shutil.copytree(bart_directory, tmp_path / "bart")
+    assert open_model("bart", "cpu", "fp32")[1].n_vocab == 262
+    save(random_bart(vocab_size=261).float(), "bart")           # as some are published: no <mask>
+    assert open_model("bart", "cpu", "fp32")[1].n_vocab == 262
+    save(random_gpt2(vocab_size=300).float(), "run/model")
     (tmp_path / "bart" / "dict.txt").rename(tmp_path / "run" / "model" / "dict.txt")
     for directory in ("bart", "run/model"):         # a BART without its numbers, a GPT-2 with them
-        with pytest.raises(ValueError, match="tokens of its own; expected"):
+        with pytest.raises(ValueError, match="whose vocabulary is not that of its model"):
             open_model(directory, "cpu", "fp32")
 
 
@@ -131,13 +135,13 @@ def test_a_model_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatc
     save(random_gpt2(seed=1), tmp_path / "model")
 
     def full(*_, **options):
-        raise RuntimeError("unexpected pos: no space left on device")
-    monkeypatch.setattr("checkpoint.torch.save", full)
-    with pytest.raises(OSError, match="what was there before is untouched"):
-        save(random_gpt2(seed=2), tmp_path / "model")
-    again = load(tmp_path / "model", dtype=torch.float64)
-    assert torch.equal(again.wte.weight, random_gpt2(seed=1).wte.weight)
-    monkeypatch.undo()
+        raise OSError(28, "No space left on device")
+    for place in ("checkpoint.torch.save", "checkpoint.os.fsync"):      # at once, or later
+        with monkeypatch.context() as patched, pytest.raises(OSError, match="is untouched"):
+            patched.setattr(place, full)
+            save(random_gpt2(seed=2), tmp_path / "model")
+        again = load(tmp_path / "model", dtype=torch.float64)
+        assert torch.equal(again.wte.weight, random_gpt2(seed=1).wte.weight)
     monkeypatch.setattr("checkpoint.json.dump", full)           # new weights, and no config.json
     with pytest.raises(OSError):
         save(random_gpt2(seed=2), tmp_path / "model")

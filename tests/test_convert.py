@@ -63,6 +63,10 @@ def test_a_vocabulary_that_is_not_gpt2s_is_refused(tmp_path):
     (directory / "vocab.json").write_text(json.dumps({"\u0120der": 262, "<|endoftext|>": 0}))
     with pytest.raises(ValueError, match="a GPT-2 with a vocabulary of its own; expected GPT-2's"):
         convert(directory, tmp_path / "out")
+    for damaged in ("[1, 2]", '{"a'):
+        (directory / "vocab.json").write_text(damaged)
+        with pytest.raises(ValueError, match="vocab.json, which is damaged .*; expected a JSON"):
+            convert(directory, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (directory / "vocab.json").write_text(json.dumps({"\u0120the": 262, "<|endoftext|>": 50256}))
     convert(directory, tmp_path / "out")

@@ -183,7 +183,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(run, monkeypatch, capsys):
     capsys.readouterr()
 
 
-def test_a_fine_tuned_model_that_has_learned_on_is_decoded_again(run, monkeypatch):
+def test_a_fine_tuned_model_that_has_learned_on_is_not_scored_with_old_texts(run, monkeypatch):
     """Would catch: old texts under new scores; such a run has no prefix that would tell them apart.
     """
     (run / "prefix.pt").unlink()

@@ -23,8 +23,6 @@ from sample import find_attention, generate
 pytest.importorskip("triton", reason="the fused kernels are written in Triton: pip install triton")
 import fused  # noqa: E402
 
-step = pytest.importorskip("step", reason="step.py, a side door, is not here")
-
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 ATOL = 1e-6     # fp32 sums of up to 100 numbers of order 1, in another order: some 1e-7
@@ -165,6 +163,7 @@ def test_a_model_with_fused_attention_is_that_model(kind, checkpointed):
                    Prefixes(model.config, dict(encoder=3, decoder=4, cross=5), 0))
         learner = learner.to(DEVICE, dtype)
         if checkpointed:
+            step = pytest.importorskip("step", reason="step.py, a side door, is not here")
             step.checkpoint_blocks(model)
         loss = target_nats(model, learner(), batch_of(model, pairs), form)
         gradients = torch.autograd.grad(loss, list(learner.parameters()))

@@ -82,7 +82,7 @@ def test_imports_go_one_way(path):
 
 
 def test_the_core_runs_without_the_side_doors(tmp_path):
-    """Would catch: a core that cannot be taken home alone; tests of it that need more."""
+    """Would catch: a core that cannot be taken home alone; tests of it that import more."""
     for path in [*(ROOT / name for name in CORE), *ROOT.glob("data/*.py"),
                  *ROOT.glob("tests/*.py"), *ROOT.glob("weights/tiny-gpt2/*.*")]:
         target = tmp_path / path.relative_to(ROOT)

@@ -90,6 +90,8 @@ def test_training_goes_on_from_a_prefix_of_peft(run, tmp_path, model_directory, 
         train.main([*flags, "--start-from", str(back), "--prefix-len", "4"])
     # The model is that run's where it is not named, not the bundled one.
     assert train.resolve(train.Settings(start_from=str(back))).model == str(model_directory)
+    named = train.parse(train.Settings, ["--start-from", str(back), "--model", "tiny-gpt2"], "")
+    assert train.resolve(named).model == "tiny-gpt2"
 
 
 @pytest.mark.parametrize("change, words", [

@@ -220,6 +220,7 @@ def added(once, device):
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()      # each form takes its own: recording clears them
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         for _ in range(3):      # a compiled step is recorded in the second, and gets its memory
@@ -295,7 +296,8 @@ def replayed(step, batches, device):
         return step
     from graphs import replay_of
     replays = {id(batch): replay_of(partial(step, batch), device) for batch in batches}
-    return lambda batch: replays[id(batch)]()
+    # A recording knows addresses only: what lies there has to live as long, and `step` holds it.
+    return lambda batch, kept=step: replays[id(batch)]()
 
 
 def seconds(once, device, times=1):

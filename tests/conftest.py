@@ -67,7 +67,7 @@ def gradients(model, learner, batch, nats=target_nats):
 
 def some_learner(model, mid_dim=16):
     torch.manual_seed(3)
-    return Prefix(model.config, 5, mid_dim).to(model.wte.weight.dtype)
+    return Prefix(model.config, 5, mid_dim).to(model.wte.weight)
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,8 @@
 import copy
 import importlib.util
 import json
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,6 +88,21 @@ def test_the_limit_does_exactly_the_useful_multiplications(model):
     one = 2 * 6 * (3 + 6) * config.n_embd
     assert counted.get_total_flops() == useful(config, batch.once, batch.said) + one * (
         6 * config.n_layer - 1)
+
+
+def test_what_a_recording_reads_lives_as_long_as_it(model, monkeypatch):
+    """As on a GPU. Would catch: the limit replayed over memory that is somebody else's by now."""
+    alive = []
+
+    def randn(*size, **options):
+        alive.append(weakref.ref(made := torch.zeros(*size, dtype=torch.float64)))
+        return made
+    monkeypatch.setattr("graphs.replay_of", lambda once, device: once() or (lambda: None))
+    batch = make_batch([Pair([1, 2, 3, 4, 5], 3)], model)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "randn", randn)
+        replay = bench_train.replayed(multiplications(model), [batch], SimpleNamespace(type="cuda"))
+    assert replay(batch) is None and alive and all(buffer() is not None for buffer in alive)
 
 
 def test_the_memory_of_a_step_is_its_fullest_moment():

@@ -118,7 +118,6 @@ class Rule:
 # E2E: e2e-metrics, mteval-13a. The others: multi-bleu.perl, on what stands between blanks; without
 # a match its score is 0. DART's published reference files are split and lower-cased; texts have to
 # be as well.
-WORLDS = ("world", "world-hard", "world-headlines")
 MULTI_BLEU = Rule(3, "none", lowercase=True, smooth="none", split=True)
 RULES = {"e2e": Rule(lowercase=True), "dart": MULTI_BLEU,
          "webnlg": dataclasses.replace(MULTI_BLEU, ascii=True)}
@@ -225,7 +224,7 @@ def parts(data, examples, topics):
         of_topic.setdefault(example.topic, []).append(i)
     found = {"all": list(range(len(examples)))}
     seen = (tasks.WEBNLG_SEEN if data == "webnlg" else
-            set(world.TRAIN_KINDS) if data in WORLDS else None)
+            set(world.TRAIN_KINDS) if data in tasks.WORLDS else None)
     if seen is not None:
         for name, inside in (("seen", True), ("unseen", False)):
             found[name] = [i for i, e in enumerate(examples) if (e.topic in seen) == inside]
@@ -272,7 +271,7 @@ def main(argv=None):
     for part, rows in parts(data, examples, settings.topics).items():
         own, said = [examples[i] for i in rows], [texts[i] for i in rows]
         numbers, without = score(said, [e.targets for e in own], RULES.get(data, Rule()))
-        if data in WORLDS:
+        if data in tasks.WORLDS:
             right = (headlines.headline_accuracy if data == "world-headlines" else
                      world.slot_accuracy)
             numbers |= {"slots": 100 * right(own, said),

@@ -141,7 +141,8 @@ class Run:
         """Go back to the last saved step; lines of the log that came after it are dropped."""
         path = self.directory / "resume.pt"
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)   # as AdamW counts
+            # On the CPU AdamW counts its steps; on a GPU every step would wait for that number.
+            state = torch.load(path, map_location="cpu", weights_only=True)
             if state["fingerprint"] != self.model.fingerprint:
                 raise ValueError("it was trained with other weights of the model")
             if state["data"] != self.data:

@@ -68,7 +68,8 @@ FILES = {
                        ("dart-v1.1.1-full-test.json", "dart-v1.1.1-full-test.jsonl")),
 }
 DOWNLOADS = Path(__file__).parent / "downloads"
-NAMES = ("world", "world-hard", "world-headlines", "e2e", "webnlg", "dart", *summaries.NAMES)
+WORLDS = ("world", "world-hard", "world-headlines")
+NAMES = (*WORLDS, "e2e", "webnlg", "dart", *summaries.NAMES)
 
 # WebNLG's categories that train has. The test set has five more; "unseen" is the score on those.
 WEBNLG_SEEN = frozenset(("Airport", "Astronaut", "Building", "City", "ComicsCharacter", "Food",
@@ -149,7 +150,7 @@ def load(name, split, data_dir=None, seed=0):
     seed: of the part held out of a JSONL file, and of the micro-world. It is not the seed of the
     training: runs with different seeds learn from the same data and are judged on the same dev.
     """
-    if name in ("world", "world-hard", "world-headlines"):
+    if name in WORLDS:
         from data import headlines, world       # they import Example from here
         if split not in ("test", *world.SPLITS):
             raise ValueError(f"got the split {split!r}, expected one of "

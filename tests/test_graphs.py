@@ -10,13 +10,12 @@ import torch
 from conftest import random_bart, random_gpt2
 from test_bart_decode import ragged
 
+import graphs
 import sample
 from beam import Rules
 from model import attend
 from reader import reader_of
 from sample import choose, generate
-
-graphs = pytest.importorskip("graphs", reason="graphs.py, a side door, is not here")
 
 EOS = 2
 GPU = torch.cuda.is_available()

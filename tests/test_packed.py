@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import random_bart, random_gpt2
 
+import packed
 import sample
 import train
 from batches import batch_of
@@ -13,8 +14,6 @@ from data.sequence import Pair
 from loss import target_nats
 from model import Places
 from prefix import parts
-
-packed = pytest.importorskip("packed", reason="packed.py, a side door, is not here")
 
 if packed.possible(random_gpt2().float()):
     pytest.skip(packed.possible(random_gpt2().float()), allow_module_level=True)

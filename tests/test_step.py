@@ -9,13 +9,12 @@ from test_bart_train import some_pairs as bart_pairs
 from test_bart_train import some_prefixes
 from torch.profiler import ProfilerActivity, profile
 
+import step
 import train
 from batches import batch_of
 from data.sequence import Pair
 from loss import target_nats
 from train import Run, Settings
-
-step = pytest.importorskip("step", reason="step.py, a side door, is not here")
 
 
 def nodes(function, seen):

@@ -274,7 +274,7 @@ def convert(source_directory, out_directory):
         raise ValueError(f"got {source_directory}, a BART without its vocabulary; expected "
                          f"{' or '.join(VOCABULARIES)}, for its tokens have other numbers than "
                          "GPT-2's; download one from the model's page")
-    if model.architecture == "gpt2" and "vocab.json" in (path.name for path in vocabularies):
+    if model.architecture == "gpt2" and (Path(source_directory) / "vocab.json").exists():
         tokens = read_object(Path(source_directory) / "vocab.json")
         if (tokens.get("\u0120the"), tokens.get("<|endoftext|>")) != (262, 50256):
             raise ValueError(f"got {source_directory}, a GPT-2 with a vocabulary of its own; "

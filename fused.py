@@ -227,11 +227,11 @@ def alike(*tensors):
     return tensors if same else [x.contiguous() for x in tensors]
 
 
-def key_gradients(ctx, saved, k, v, first, g):
+def key_gradients(saved, causal, k, v, first, g):
     """dk and dv, (1 or B, H, N, D) each, of N keys: the keys first, first + 1, ... of all K."""
     q, _, _, _, _, real, out, lse = saved
     (B, H, T, D), (rows, _, N, _), K = q.shape, k.shape, real.size(1)
-    sizes, share, dtype = tiles(q, N, ctx.sizes["CAUSAL"], "keys"), 1, k.dtype
+    sizes, share, dtype = tiles(q, N, causal, "keys"), 1, k.dtype
     count = math.ceil(N / sizes["BLOCK_K"])                 # tiles of keys
     if rows < B:        # shared by the batch: sums over some rows in fp32, then the sum of these
         share, dtype = math.ceil(B / max(1, PROGRAMS // max(1, H * count))), torch.float32
@@ -267,14 +267,15 @@ class Attend(torch.autograd.Function):
         g, need = g.transpose(1, 2).contiguous(), ctx.needs_input_grad          # (B, T, H, D)
         saved = ctx.saved_tensors       # once: a second time gradient checkpointing forbids
         _, k, v, pk, pv, _, out, _ = saved
+        causal = ctx.sizes["CAUSAL"]
         dq = dk = dv = dpk = dpv = None
         if need[0]:
             dq = torch.empty_like(out).transpose(1, 2)                          # (B, H, T, D)
             queries_kernel[ctx.grid](*saved, g, dq, *ctx.numbers, **ctx.sizes)
         if need[1] or need[2]:
-            dk, dv = key_gradients(ctx, saved, k, v, pk.size(2), g)
+            dk, dv = key_gradients(saved, causal, k, v, pk.size(2), g)
         if need[3] or need[4]:
-            dpk, dpv = key_gradients(ctx, saved, pk, pv, 0, g)
+            dpk, dpv = key_gradients(saved, causal, pk, pv, 0, g)
         return dq, dk, dv, dpk, dpv, None, None
 
 

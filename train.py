@@ -1,4 +1,4 @@
-"""The loop: learn a prefix for a frozen language model. Li & Liang 2021: 3.3, 4.2, 4.3, 5.3.
+"""The loop: train a prefix for a frozen language model. Li & Liang 2021: 3.3, 4.2, 4.3, 5.3.
 
     python train.py                                 bundled model and task, a minute on a laptop
     python train.py --model gpt2-medium --data e2e  the paper's run, with the paper's settings
@@ -6,172 +6,185 @@
     python train.py --data my.jsonl                 your own task
     python train.py --resume out/NAME               goes on where it stopped, bit for bit
 
-A run is a directory: config.json (all settings), log.jsonl (a line each logged step), prefix.pt
-(the best prefix so far, folded; a fine-tuned model/ instead) and resume.pt (everything needed to go
-on). sample.py decodes with it. Not here: what a prefix is (prefix.py), the other methods of the
-paper (baselines.py), scores.
+A run is a directory (pretrained/run_directory.py), and sample.py decodes with it. Not here: what a
+prefix and its loss are (prefix.py), the paper's other methods (baselines/), faster forms of the
+same step (fast/), scores (scripts/evaluate.py).
 """
-import contextlib
 import dataclasses
 import hashlib
-import json
 import math
 import os
-import platform
-import random
 import shlex
-import shutil
-import signal
-import subprocess
 import time
+from math import inf
 from pathlib import Path
 
-# PyTorch's threads, while they wait for each other, spin: on a busy laptop that makes a small model
-# several times slower. Asleep they cost nothing. Read once, when torch is imported.
+# While PyTorch's threads wait for each other they spin, which makes a small model several times
+# slower on a busy laptop. Passive threads sleep. torch reads this once, when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch  # noqa: E402
 from tqdm import tqdm
 
-from batches import batch_of, batches_of_epoch, tokens_of
-from beam import Rules
-from checkpoint import UNREADABLE, why
-from data import sequence, tasks
-from loss import dev_loss, target_nats
-from model import attend
-from opening import find_attention, find_step, name_of_dtype, open_model
-from plumbing import parse, whole_file
-from plumbing import run as run_program
-from prefix import Prefix, Prefixes, counts, keys_and_values, load_prefix, parts
-from sample import LINE_BREAKS, generate
-from settings import NOTES, Settings, places_of, resolve, resumed, room_for
-
-# ---- the run: its settings, its state, what is kept on disk
-
-def load_examples(settings):
-    """The examples to learn from and those of the dev set, as text."""
-    train = tasks.load(settings.data, "train", settings.data_dir or None)
-    dev = tasks.load(settings.data, "dev", settings.data_dir or None)
-    if settings.examples:
-        if settings.examples > len(train):
-            raise ValueError(f"got --examples {settings.examples}; expected at most {len(train)}, "
-                             f"the sources of {settings.data}")
-        train = random.Random(settings.seed).sample(train, settings.examples)
-    return train, dev
+from data import paper, tasks
+from data.batches import count_labels, epoch_batches
+from data.pairs import dev_batches, encode_examples, load_examples, pairs_of, settings_for
+from decoding.constraints import Constraints
+from prefix import summarize_parameters, target_loss, tensors_of
+from pretrained import run_directory
+from pretrained.architectures import new_prefix
+from pretrained.load import load_model, name_of_dtype
+from sample import banned_tokens, forced_tokens, generate
+from utils.cli import flag, parse, run_program, stop_after_this_step
 
 
-def make_pairs(train, dev, settings, tokenizer, room):
-    """The pairs to learn from and the dev pairs to be scored, at most `room` tokens each; for BART
-    `room` is two numbers, the source's and the target's.
-    """
-    encode = sequence.encode_apart if isinstance(room, tuple) else sequence.encode_pairs
-    train_pairs, note = encode(train, tokenizer, room)
-    dev_pairs, dev_note = encode(dev, tokenizer, room)
-    for part, text in (("train", note), ("dev", dev_note)):
-        if text:
-            print(f"{part}: {text}")
-    if 0 < settings.dev_pairs < len(dev_pairs):
-        # Not the first ones: files are sorted by name. Not by --seed: runs are to be comparable.
-        dev_pairs = random.Random(0).sample(dev_pairs, settings.dev_pairs)
-    return train_pairs, dev_pairs
+@dataclasses.dataclass
+class Settings:
+    model: str = flag("tiny-gpt2", "the frozen model: gpt2, gpt2-medium, ..., another name in "
+                                   "weights/, or a directory; with --start-from that run's")
+    data: str = flag("", f"{', '.join(tasks.NAMES)}, or a .jsonl file of your own; left out: "
+                         "world, for tiny-bart world-headlines")
+    data_dir: str = flag("", "read the data set from here; left out: it is downloaded, but for "
+                             "summarising, whose files you have to fetch")
+    method: str = flag("prefix", "what learns", choices=list(paper.TRAINING))
+    prefix_len: int = flag(None, "P, keys and values in front of every layer", kind=int,
+                           within=(1, inf))
+    prefixes: str = flag("", "BART's places and, after =, their lengths where it is not "
+                             "--prefix-len: encoder,decoder,cross=20; left out: all three")
+    mid_dim: int = flag(None, "hidden width of the MLP in front of the prefix; 0: no MLP; left "
+                              "out: 512, for summarising 800", kind=int, within=(0, inf))
+    init: str = flag("random", "start from N(0, 1), from U(0, 1), or from the keys and values of "
+                               "real words", choices=["random", "uniform", "words"])
+    init_text: str = flag("table-to-text:", "the words of --init words; P is their length")
+    start_from: str = flag("", "start from the prefix of this run, of train.py or of PEFT's: "
+                               "exactly with --mid-dim 0, else an MLP is fitted to it")
+    examples: int = flag(0, "learn from this many sources, drawn by the seed; 0: from all",
+                         within=(0, inf))
+    max_source: int = flag(None, "BART's sources are cut to this many tokens; left out: 512",
+                           kind=int, within=(3, inf))
+    max_target: int = flag(None, "BART's targets are cut to this many tokens; left out: 60",
+                           kind=int, within=(3, inf))
+    lr: float = flag(None, "highest learning rate", kind=float, within=(1e-12, 1e30),
+                     alias="learning-rate")
+    epochs: int = flag(None, "times that every pair is seen", kind=int, within=(1, inf))
+    steps: int = flag(None, "steps of the optimiser, in place of epochs", kind=int,
+                      within=(1, inf))
+    warmup: int = flag(0, "steps in which the lr rises; then it falls to 0 in a line",
+                       within=(0, inf), alias="warmup-steps")
+    batch_size: int = flag(None, "pairs in a step", kind=int, within=(1, inf))
+    clip: float = flag(1.0, "longest gradient; longer ones are scaled down", within=(1e-12, 1e30),
+                       alias="max-grad-norm")
+    weight_decay: float = flag(0.0, "AdamW's, on what learns", within=(0, 100))
+    dev_every: int = flag(0, "steps between two evaluations on the dev set; 0: a tenth of the run",
+                          within=(0, inf))
+    dev_pairs: int = flag(500, "pairs of the dev set, a fixed sample; 0: all", within=(0, inf))
+    seed: int = flag(101, "of the prefix, the order of the data and the choice of examples",
+                     within=(0, 10 ** 12))
+    device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
+    dtype: str = flag("auto", "of the frozen weights, the prefix is fp32; auto: bf16 on a GPU that "
+                              "has it, else fp32", choices=["auto", "fp32", "bf16", "fp64"])
+    fast: bool = flag(False, "the forms of fast/ that help on this device; loss and "
+                             "gradients stay the same")
+    attention: str = flag("explicit", "sdpa: PyTorch's; fused: one kernel that reads the prefix "
+                                      "without copying it, for a CUDA GPU with triton",
+                          choices=["explicit", "sdpa", "fused"])
+    compile: bool = flag(False, "compile the step, once for each of a few shapes; needs a C++ "
+                                "compiler, on a GPU triton too, and minutes at the start")
+    gradient_checkpointing: bool = flag(False, "less memory for more work: compute each block "
+                                               "again on the way back")
+    share_source: bool = flag(False, "a batch holds the targets of few sources, and what several "
+                                     "texts begin with is computed once; so other pairs meet")
+    out: str = flag("", "directory of the run; left out: out/MODEL-DATA")
+    resume: str = flag("", "directory of a run to continue; its own settings are used")
+    stop_at: int = flag(0, "stop after this step as Ctrl-C would, to be resumed; 0: at the end",
+                        within=(0, inf))
+
+    given = frozenset()         # no flag: which of them the command line has, where there is one
 
 
-def make_prefix(settings, model, tokenizer):
-    """A fresh prefix by the settings; --init words and --start-from decide its length."""
+def resolve(args):
+    """The settings of a new run with everything that was left out filled in."""
+    if args.start_from and "model" not in args.given:
+        name = run_directory.run_settings(args.start_from)["model"]
+        args = dataclasses.replace(args, model=name)
+    return paper.resolve_training(args)
+
+
+# ---- what learns, and from what
+
+def starting_point(settings, model, tokenizer):
+    """The keys and values to start from: a run's prefix, or those of words; None: at random."""
+    if settings.start_from:
+        return run_directory.load_prefix(Path(settings.start_from) / "prefix.pt", model)
+    if settings.init == "words":
+        return model.prefix_from_tokens(tokenizer.encode(f" {settings.init_text}"))
+    return None
+
+
+def with_lengths_of(start, settings):
+    """The settings, with the lengths of the prefix `start`."""
+    lengths = {"prefix_len": max(part.size(4) for part in tensors_of(start))}
+    if settings.start_from and isinstance(start, tuple):
+        lengths["prefixes"] = ",".join(f"{place}={part.size(4)}" for place, part
+                                       in start._asdict().items() if part.size(4))
+    return dataclasses.replace(settings, **lengths)
+
+
+def make_learner(settings, model, start=None):
+    """What learns, by --method: a fresh prefix, or weights of the model itself."""
     torch.manual_seed(settings.seed)
-    device, init = model.wte.weight.device, settings.init
-    if settings.start_from and not settings.resume:
-        start = load_prefix(Path(settings.start_from) / "prefix.pt", model)
-        settings.prefix_len = max(part.size(4) for part in parts(start))
-        if model.architecture == "bart":
-            settings.prefixes = ",".join(f"{place}={part.size(4)}" for place, part in
-                                         zip(model.places, start) if part.size(4))
-    if init == "words":
-        words = tokenizer.encode_ordinary(" " + settings.init_text)
-        settings.prefix_len, init = len(words), "random"
-    lengths = places_of(settings, model)
-    if model.architecture == "bart":
-        prefix = Prefixes(model.config, lengths, settings.mid_dim, init).to(device)
-    else:
-        prefix = Prefix(model.config, lengths["decoder"], settings.mid_dim, init).to(device)
-    if settings.init == "words" and not settings.resume:
-        error = prefix.start_from(keys_and_values(model, words))
-        print(f"prefix started from the {len(words)} tokens of {settings.init_text!r}; "
-              f"mean squared error left: {error:.4f} a number")
-    if settings.start_from and not settings.resume:
-        error = prefix.start_from(start)
-        print(f"prefix started from {settings.start_from}; mean squared error left: {error:.4f} a "
-              "number")
+    if settings.method != "prefix":
+        try:
+            from baselines.finetune import FineTune
+        except ImportError as error:
+            raise ValueError(f"got --method {settings.method}, but there is no baselines/ here "
+                             f"({error}); use --method prefix") from error
+        return FineTune(model, top=2 if settings.method == "finetune-top2" else None)
+    prefix = new_prefix(model, settings.prefix_len, settings.mid_dim, settings.init,
+                        settings.prefixes)
+    if start is not None:
+        error = prefix.initialize(start)
+        print(f"prefix started from {settings.start_from or repr(settings.init_text)}, length "
+              f"{settings.prefix_len}; mean squared error left: {error:.4f}")
     return prefix
 
 
-def make_learner(settings, model, tokenizer):
-    """What learns, by --method: a fresh prefix, or the model itself."""
-    if settings.method == "prefix":
-        return make_prefix(settings, model, tokenizer)
-    from baselines import FineTune              # a side door
-    return FineTune(model, top=2 if settings.method == "finetune-top2" else None)
+def find_forms(settings):
+    """The module fast.forms where a flag asks for something of fast/, else None."""
+    if not (settings.fast or settings.compile or settings.gradient_checkpointing
+            or settings.share_source or settings.attention != "explicit"):
+        return None
+    try:
+        from fast import forms
+    except ImportError as error:
+        raise ValueError(f"got a flag of fast/, but there is no fast/ here ({error}); leave out "
+                         "--fast, --attention, --compile and the like") from error
+    forms.refuse_clashes(settings)
+    return forms
 
 
-class Run:
-    """Everything that changes while learning, and the directory that keeps it."""
+def plain_forms(settings, model, dev, batch_size):
+    """(loss, collate, dev batches) as the paper has them; fast.forms has others."""
+    return target_loss, pairs_of(model).collate, dev_batches(dev, batch_size, model)
 
-    def __init__(self, settings, model, learner, data="", attend=attend, nats=target_nats):
+
+# ---- the loop
+
+class Trainer:
+    """Everything that changes while learning, and what a step of it does.
+
+    pairs: the pairs to learn from. dev: the Batches of the dev set. loss, collate: see
+    `plain_forms`. data: a name of exactly these pairs, which a resumed run compares.
+    """
+
+    def __init__(self, settings, model, learner, pairs, dev, loss=target_loss, collate=None,
+                 data=""):
         self.settings, self.model, self.learner = settings, model, learner
-        self.data = data                            # a name for the very pairs it learns from
-        self.attend, self.nats = attend, nats       # what --attention and --compile ask for
-        self.directory = Path(settings.out)
+        self.pairs, self.dev, self.data = pairs, dev, data
+        self.loss, self.collate = loss, collate or pairs_of(model).collate
         # Only what learns is handed over: the optimiser could not touch a frozen weight.
         self.optimizer = torch.optim.AdamW(learner.parameters(), lr=settings.lr, betas=(0.9, 0.999),
                                            eps=1e-8, weight_decay=settings.weight_decay)
-        self.step, self.best, self.first = 0, math.inf, None    # steps done; dev losses
-
-    def begin(self, told):
-        """Create the directory and write down all settings, and what was told of the sizes."""
-        commit = None
-        if shutil.which("git"):
-            commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                                    capture_output=True, text=True).stdout.strip() or None
-        about = {"settings": dataclasses.asdict(self.settings),
-                 "counts": told, "fingerprint": self.model.fingerprint, "commit": commit,
-                 "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-        with whole_file(self.directory / "config.json", "w") as file:
-            json.dump(about, file, indent=1)
-
-    def restore(self):
-        """Go back to the last saved step; lines of the log that came after it are dropped."""
-        path = self.directory / "resume.pt"
-        try:
-            # On the CPU AdamW counts its steps; on a GPU every step would wait for that number.
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if state["fingerprint"] != self.model.fingerprint:
-                raise ValueError("it was trained with other weights of the model")
-            if state["data"] != self.data:
-                raise ValueError("the data or its tokens have changed since")
-            self.learner.load_state_dict(state["learner"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.best, self.first = state["step"], state["best"], state["first"]
-            log = self.directory / "log.jsonl"
-            lines = [line for line in log.read_text("utf-8").splitlines() if line.endswith("}")]
-            lines = [line for line in lines if json.loads(line)["step"] <= self.step]
-        except UNREADABLE as error:
-            raise ValueError(f"got {path}, which cannot be resumed ({why(error)}); expected what "
-                             "train.py wrote there; start a new run") from error
-        with whole_file(log, "w") as file:
-            file.writelines(f"{line}\n" for line in lines)
-        for left_behind in self.directory.rglob("*.tmp"):       # of a kill in the middle of a write
-            left_behind.unlink()
-
-    def save(self):
-        """Keep the state of this step in resume.pt."""
-        with whole_file(self.directory / "resume.pt") as file:
-            torch.save({"fingerprint": self.model.fingerprint, "data": self.data,
-                        "step": self.step, "best": self.best, "first": self.first,
-                        "learner": self.learner.state_dict(),
-                        "optimizer": self.optimizer.state_dict()}, file)
-
-    def log(self, **numbers):
-        with open(self.directory / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.step} | numbers) + "\n")
+        self.step, self.best_loss, self.first_loss = 0, inf, None   # steps done; dev losses
 
     def learning_rate(self):
         """Up in a line for --warmup steps, then down in a line, to 0 after the last step."""
@@ -180,148 +193,156 @@ class Run:
             return s.lr * (self.step + 1) / s.warmup
         return s.lr * (s.steps - self.step) / max(1, s.steps - s.warmup)
 
-    def update(self, pairs):
-        """One step: the paper's equation 2 on one batch. Returns the batch's nats, a tensor."""
+    def train_step(self, pairs):
+        """One step: the paper's equation 2 on one batch. Returns the summed loss, a tensor."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        batch = batch_of(self.model, pairs, self.settings.share_source)
-        prefix = self.learner().to(self.model.wte.weight.dtype)  # the MLP, once for the whole batch
-        nats = self.nats(self.model, prefix, batch, self.attend)
-        # A prefix of GPT-2: summed over a target, averaged over the batch, as in the official code;
-        # so long targets weigh more. BART and the baselines: the mean over tokens, as there.
-        whole = self.settings.method == "prefix" and self.model.architecture != "bart"
-        (nats / (len(pairs) if whole else tokens_of(pairs))).backward()
+        batch = self.collate(pairs, self.model).to(self.model.device)
+        prefix = self.learner().to(self.model.dtype)    # the MLP, once for the whole batch
+        loss = self.loss(self.model, prefix, batch)
+        (loss / (batch.n_pairs if self.learner.loss_per == "pair" else batch.n_labels)).backward()
         torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        return nats.detach()
+        return loss.detach()
 
-    def look(self, dev):
-        """The dev loss now. The best learner so far is kept; then the whole state."""
-        batch_size = max(16, self.settings.batch_size)
-        loss = dev_loss(self.model, self.learner, dev, batch_size, self.attend)
-        self.check(loss)
-        self.first = loss if self.first is None else self.first
+    @torch.no_grad()
+    def dev_loss(self):
+        """-log p of a target token, averaged over all target tokens of the dev set."""
+        prefix = self.learner.fold().to(self.model.dtype)
+        total = sum(self.loss(self.model, prefix, batch.to(self.model.device)).item()
+                    for batch in self.dev)
+        return total / sum(batch.n_labels for batch in self.dev)
+
+    def evaluate(self):
+        """The dev loss now. Saves what learns, if it is the best so far, and the whole state.
+
+        Differs from the paper: its official code stores the last prefix, not the best.
+        """
+        loss = self.dev_loss()
+        self.check_finite(loss)
+        self.first_loss = loss if self.first_loss is None else self.first_loss
         self.log(dev_loss=loss)
-        if loss < self.best:
-            self.best = loss
-            self.learner.keep(self.directory, self.model)
+        if loss < self.best_loss:
+            self.best_loss = loss
+            run_directory.save_learned(self.settings.out, self.learner, self.model)
         self.save()
         return loss
 
-    def check(self, loss):
+    def check_finite(self, loss):
         if not math.isfinite(loss):
-            kept = "look at the model's weights"
-            if self.first is not None:
-                kept = (f"the last good {self.settings.method} is kept in {self.directory}; start "
-                        "again with a lower --lr")
+            advice = "look at the model's weights"
+            if self.first_loss is not None:
+                advice = (f"the last good {self.settings.method} is saved in {self.settings.out}; "
+                        "start again with a lower --lr")
             raise ValueError(f"got a loss of {loss} at step {self.step}, expected a finite number; "
-                             + kept)
+                             + advice)
+
+    def log(self, **values):
+        run_directory.append_log(self.settings.out, step=self.step, **values)
+
+    def save(self):
+        run_directory.save_state(self.settings.out, {
+            "fingerprint": self.model.fingerprint, "data": self.data, "step": self.step,
+            "best": self.best_loss, "first": self.first_loss,
+            "learner": self.learner.state_dict(), "optimizer": self.optimizer.state_dict()})
+
+    def restore(self):
+        """Go back to the last saved step."""
+        state = run_directory.load_state(self.settings.out, self.model.fingerprint, self.data)
+        self.learner.load_state_dict(state["learner"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.best_loss, self.first_loss = state["step"], state["best"], state["first"]
 
 
-@contextlib.contextmanager
-def stop_politely():
-    """Ctrl-C (or a cluster's SIGTERM) fills the list: the loop ends after the step it is in.
-
-    A second one ends the program at once.
-    """
-    asked = []
-
-    def ask(number, frame):
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-def learn(run, pairs, dev):
-    """Steps until the settings' last one. Returns False where it was asked to stop before."""
-    s = run.settings
-    per_epoch = math.ceil(len(pairs) / s.batch_size)
-    every = s.dev_every or max(1, s.steps // 10)
-    epoch, nats, targets, seen, clock = None, 0.0, 0, 0, time.perf_counter()
-    bar = tqdm(total=s.steps, initial=run.step, unit="step", disable=None)
-    with stop_politely() as asked, bar:
-        shown = run.look(dev) if run.first is None else run.best
-        while run.step < s.steps:
-            if asked or 0 < s.stop_at <= run.step:
-                run.check(float(nats))              # never keep a state that is lost
-                run.save()
+def train(trainer):
+    """All steps, up to --steps. Returns False if it was stopped before the last one."""
+    s, pairs = trainer.settings, trainer.pairs
+    per_epoch, epoch = math.ceil(len(pairs) / s.batch_size), None
+    dev_every = s.dev_every or max(1, s.steps // 10)
+    loss, n_labels, n_tokens, clock = 0.0, 0, 0, time.perf_counter()
+    bar = tqdm(total=s.steps, initial=trainer.step, unit="step", disable=None)
+    with stop_after_this_step() as signals, bar:
+        dev_loss = trainer.evaluate() if trainer.first_loss is None else trainer.best_loss
+        while trainer.step < s.steps:
+            if signals or 0 < s.stop_at <= trainer.step:
+                trainer.check_finite(float(loss))       # never save a state that is lost
+                trainer.save()
                 return False
-            if epoch != run.step // per_epoch:
-                epoch = run.step // per_epoch
-                order = batches_of_epoch(pairs, s.batch_size, s.seed, epoch, s.share_source)
-            batch = [pairs[i] for i in order[run.step % per_epoch]]
-            nats += run.update(batch)
-            targets += tokens_of(batch)
-            seen += sum(len(p.ids) for p in batch)
+            if epoch != trainer.step // per_epoch:
+                epoch = trainer.step // per_epoch
+                batches = epoch_batches(pairs, s.batch_size, s.seed, epoch, s.share_source)
+            batch_pairs = [pairs[i] for i in batches[trainer.step % per_epoch]]
+            loss += trainer.train_step(batch_pairs)
+            n_labels += count_labels(batch_pairs)
+            n_tokens += sum(len(pair.ids) for pair in batch_pairs)
             bar.update()
-            if run.step % 10 == 0 or run.step == s.steps:
-                loss, rate = float(nats) / targets, seen / (time.perf_counter() - clock)
-                run.check(loss)
-                run.log(loss=loss, tokens_per_second=round(rate))
-                bar.set_postfix(loss=f"{loss:.3f}", dev=f"{shown:.3f}", tokens_per_s=round(rate))
-                nats, targets, seen, clock = 0.0, 0, 0, time.perf_counter()
-            if run.step % every == 0 or run.step == s.steps:
+            last = trainer.step == s.steps
+            if trainer.step % 10 == 0 or last:
+                mean, rate = float(loss) / n_labels, n_tokens / (time.perf_counter() - clock)
+                trainer.check_finite(mean)
+                trainer.log(loss=mean, tokens_per_second=round(rate))
+                bar.set_postfix(loss=f"{mean:.3f}", dev=f"{dev_loss:.3f}", tokens_per_s=round(rate))
+                loss, n_labels, n_tokens, clock = 0.0, 0, 0, time.perf_counter()
+            if trainer.step % dev_every == 0 or last:
                 before = time.perf_counter()
-                shown = run.look(dev)
-                clock += time.perf_counter() - before      # the dev set's time is not training time
+                dev_loss = trainer.evaluate()
+                clock += time.perf_counter() - before   # the dev set's time is not training time
     return True
 
 
-def show(run, tokenizer, pair):
-    """One table that was not learned from, and what is said to it, before learning and after."""
-    prompt, target = pair.ids[:pair.start], sequence.text_of(tokenizer, pair.ids[pair.start:])
-    source = sequence.text_of(tokenizer, prompt)
-    print(f"\ntable      {source}")
-    banned = {token for text in LINE_BREAKS for token in tokenizer.encode_ordinary(text)}
-    rules = Rules(tokenizer.eot_token, banned=tuple(banned), **run.model.config.forced)
-    said = {"no prefix": (run.model, None)} if run.settings.method == "prefix" else {}
-    said[run.settings.method] = run.learner.kept(run.directory, run.model)
-    for name, (model, prefix) in said.items():
-        words, = generate(model, [prompt], rules, prefix, attend=run.attend)
-        print(f"{name:10} {' '.join(sequence.text_of(tokenizer, words).split())}")
-    print(f"a person   {target}\n\ndecode with: python sample.py --run {run.directory} "
-          f"{shlex.quote(source)}")
+def show(trainer, tokenizer, pair):
+    """One source of the dev set, and what is generated for it before and after training."""
+    s, model = trainer.settings, trainer.model
+    prompt, source = pair.ids[:pair.start], tokenizer.text_of(pair.ids[:pair.start])
+    constraints = Constraints(tokenizer.eos_token_id, banned_tokens=banned_tokens(tokenizer),
+                              **forced_tokens(model))
+    print(f"\nsource     {source}")
+    outputs = {"no prefix": (model, None)} if s.method == "prefix" else {}
+    outputs[s.method] = run_directory.load_learned(s.out, model)
+    for name, (model, prefix) in outputs.items():
+        ids, = generate(model, [prompt], constraints, prefix)
+        print(f"{name:10} {' '.join(tokenizer.text_of(ids).split())}")
+    print(f"reference  {tokenizer.text_of(pair.ids[pair.start:])}\n\n"
+          f"decode with: python sample.py --run {s.out} {shlex.quote(source)}")
 
 
 def main(argv=None):
-    asked = parse(Settings, argv, "Learn a prefix for a frozen language model.", notes=NOTES)
-    settings = resumed(asked) if asked.resume else resolve(asked)
-    train_examples, dev_examples = load_examples(settings)
-    if settings.method != "prefix" and settings.dtype == "auto":
-        settings.dtype = "fp32"         # steps of 1e-5 would be rounded away in bf16 weights
-    model, tokenizer = open_model(settings.model, settings.device, settings.dtype)
-    settings.dtype = name_of_dtype(model.wte.weight.dtype)      # a resumed run keeps it
-    attend = find_attention(settings.attention, model)
-    learner = make_learner(settings, model, tokenizer)
-    room = room_for(settings, model, learner)
-    pairs, dev = make_pairs(train_examples, dev_examples, settings, tokenizer, room)
-    settings.steps = settings.steps or settings.epochs * math.ceil(len(pairs) / settings.batch_size)
-    told, nats = counts(learner, model), find_step(settings, model, target_nats)
-    print(f"{settings.model}: {told}\n"
-          f"{settings.data}: {len(pairs):,} pairs to learn from, {len(dev):,} dev pairs scored; "
-          f"{settings.steps:,} steps of {settings.batch_size} -> {settings.out}")
+    args = parse(Settings, argv, "Train a prefix for a frozen language model.",
+                 notes=paper.training_notes())
+    settings = run_directory.resumed_settings(args) if args.resume else resolve(args)
+    forms, examples = find_forms(settings), load_examples(settings)
+    model, tokenizer = load_model(settings.model, settings.device, settings.dtype)
+    settings = settings_for(model, settings)
+    if forms:
+        forms.set_attention(settings.attention, model)
+    start = None if settings.resume else starting_point(settings, model, tokenizer)
+    if start is not None:
+        settings = with_lengths_of(start, settings)
+    pairs, dev = encode_examples(*examples, settings, model, tokenizer)
+    learner = make_learner(settings, model, start)
+    steps = settings.steps or settings.epochs * math.ceil(len(pairs) / settings.batch_size)
+    settings = dataclasses.replace(settings, steps=steps, dtype=name_of_dtype(model.dtype))
+    summary = summarize_parameters(learner, model)
+    print(f"{settings.model}: {summary}\n{settings.data}: {len(pairs):,} pairs to learn from, "
+          f"{len(dev):,} dev pairs; {steps:,} steps of {settings.batch_size} -> {settings.out}")
+    make_forms = forms.training_forms if forms else plain_forms
+    loss, collate, batches = make_forms(settings, model, dev, max(16, settings.batch_size))
     data = hashlib.sha256(repr([(p.ids, p.start) for p in pairs + dev]).encode()).hexdigest()
-    run = Run(settings, model, learner, data, attend, nats)
+    trainer = Trainer(settings, model, learner, pairs, batches, loss, collate, data)
     if settings.resume:
-        run.restore()
+        trainer.restore()
     else:
-        run.begin(told)
-    start = time.perf_counter()
-    if not learn(run, pairs, dev):
-        print(f"stopped after step {run.step}; go on with: python train.py --resume {settings.out}")
+        run_directory.save_config(settings, summary, model)
+    began = time.perf_counter()
+    if not train(trainer):
+        print(f"stopped after step {trainer.step}; go on with: python train.py --resume "
+              f"{settings.out}")
         return
-    seconds = time.perf_counter() - start
-    print(f"dev loss {run.first:.3f} -> {run.best:.3f} nats a token, {seconds:.0f} s")
-    show(run, tokenizer, dev[0])
+    print(f"dev loss {trainer.first_loss:.3f} -> {trainer.best_loss:.3f} per target token, "
+          f"{time.perf_counter() - began:.0f} s")
+    show(trainer, tokenizer, dev[0])
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Text only: the tokenizer, the tasks and the bundled micro-world. Nothing here knows a tensor."""
+"""From files to tensors: tasks and their formats, tokens, pairs, batches; the paper's settings."""

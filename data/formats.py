@@ -1,10 +1,10 @@
 """The files of the data sets, read and written out as text: E2E, WebNLG 2017, DART, and your own.
 
 Every reader takes a path and returns rows (source, targets, topic): a table as one line of text,
-what people wrote about it, and its category where it has one. The lines of text are those of the
-paper's official code. A gzip file is read as it is. What is malformed is a ValueError that names
-the file and the line, or the entry where a file is one single document.
-Called by tasks.py and sample.py. Not here: where the files are and which split is which (tasks.py).
+its references, and its category where it has one. The lines of text are those of the paper's
+official code. A gzip file is read as it is. What is malformed is a ValueError that names the file
+and the line, or the entry where a file is one single document.
+Not here: where the files are and which split is which (tasks.py).
 """
 import csv
 import gzip
@@ -170,9 +170,9 @@ def read_webnlg(path, good_only):
                              "expected subject, property, object of each; take the official file")
         # The first triple has a bar too; underscores and quotation marks stay: both as the authors.
         source = "".join(f" | {subject} : {relation} : {obj}" for subject, relation, obj in triples)
-        kept = tuple(text for text, comment in texts if comment == "good" or not good_only)
-        if kept:
-            rows.append((source, kept, category))
+        good = tuple(text for text, comment in texts if comment == "good" or not good_only)
+        if good:
+            rows.append((source, good, category))
     return rows
 
 
@@ -206,7 +206,7 @@ def read_dart(path):
 # ---- Your own: one {"source": ..., "target": ..., "topic": ...} a line
 
 def check_text(text, key, where):
-    """Raise ValueError for what is no text that a model could read or say."""
+    """Raise ValueError for what is no text that a model could read or generate."""
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where}: got the {key} {text!r}, expected text that is not blank; mend "
                          "or delete that line")

@@ -5,7 +5,7 @@ its summary a line; or from the official release, a file an article and one JSON
 splits. Only the release has the addresses of the articles. Their topics make the paper's section
 6.4: learn from news and summarise sports, or learn from some topics of the news and summarise the
 others. The files are the user's own downloads, so --data-dir names their folder.
-Called by tasks.py. Not here: how long a text may be (sequence.py).
+Not here: how long a text may be (seq2seq.py).
 """
 import re
 from pathlib import Path
@@ -90,7 +90,7 @@ def read_xsum(name, split, folders):
             wanted = {("xsum-news-to-sports", False): lambda topic: topic.startswith("news/"),
                       ("xsum-news-to-sports", True): lambda topic: topic.startswith("sport/"),
                       ("xsum-within-news", False): lambda topic: topic in LEARNED_NEWS,
-                      # "news/" alone is an address that tells no topic: on neither side.
+                      # "news/" alone is an address without a topic: on neither side.
                       ("xsum-within-news", True): lambda topic: (
                           topic.startswith("news/") and topic not in (*LEARNED_NEWS, "news/"))}
             return [row for row in rows if wanted[name, split == "test"](row[2])]

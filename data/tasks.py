@@ -1,29 +1,21 @@
 """The tasks by name: where their files are, how they get here, which part is train, dev and test.
 
-`load` is what the programs call; a task is a list of Examples. Training takes each (source, target)
-as a pair of its own, so that E2E's train split gives the 42,061 pairs of the official file; dev and
-test are decoded once an Example and scored against all its targets.
+A task is a list of Examples. Training takes each (source, target) as a pair of its own, so that
+E2E's train split gives the 42,061 pairs of the official file; dev and test are decoded once an
+Example and scored against all its targets.
 An Example is one distinct table in E2E, whose file has a line for each reference, and one entry of
 the official file in WebNLG and DART: these are scored by entry, equal tables included.
-Not here: the formats of the files (formats.py), summarising (summaries.py), the micro-world
-(world.py, headlines.py), what a length may be (sequence.py).
+Not here: the formats of the files (formats.py), summarising (summaries.py), the invented world
+(toy_world/), how long a text may be (causal.py, seq2seq.py).
 """
 import difflib
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 
 from data import formats, summaries
-from plumbing import download
-
-
-@dataclass(frozen=True)
-class Example:
-    """One table (or text) and everything that people wrote about it."""
-    source: str
-    targets: tuple[str, ...]        # several references; training takes each as a pair of its own
-    topic: str = ""                 # WebNLG's category, or the "topic" of a line of JSON
-
+from data.example import Example
+from data.toy_world import headlines, tables
+from utils.files import download
 
 SPLITS = ("train", "dev", "test")
 E2E = "https://raw.githubusercontent.com/tuetschek/e2e-dataset/master/"
@@ -85,7 +77,7 @@ def guess(got, expected):
 def official_file(name, split, data_dir):
     """The path of an official file: in `data_dir` if one is given, else downloaded once and kept.
 
-    Files in `data_dir` are the user's own choice: their SHA-256 is not asked for.
+    Files in `data_dir` are the user's own choice: their SHA-256 is not checked.
     """
     url, sha256, names = FILES[name, split]
     if data_dir is None:
@@ -144,25 +136,23 @@ def load(name, split, data_dir=None, seed=0):
     """The Examples of one split, "train", "dev" or "test", of a task.
 
     name: one of NAMES, or the path of your own .jsonl or .jsonl.gz file. The micro-world's test is
-    its "test-seen" and "test-unseen" together; it has its own further splits (see world.py).
+    its "test-seen" and "test-unseen" together; it has its own further splits (toy_world/tables.py).
     data_dir: a folder with the official files, or with e2e/, webnlg/, dart/ in it; None downloads,
     but what summaries.py reads is not downloaded.
     seed: of the part held out of a JSONL file, and of the micro-world. It is not the seed of the
     training: runs with different seeds learn from the same data and are judged on the same dev.
     """
     if name in WORLDS:
-        from data import headlines, world       # they import Example from here
-        if split not in ("test", *world.SPLITS):
+        if split not in ("test", *tables.SPLITS):
             raise ValueError(f"got the split {split!r}, expected one of "
-                             + guess(split, ("test", *world.SPLITS)))
+                             + guess(split, ("test", *tables.SPLITS)))
         parts = ("test-seen", "test-unseen") if split == "test" else (split,)
         if name == "world-headlines":
             return [e for part in parts for e in headlines.task(part, seed=seed)]
         style = "near" if name == "world" else "hard"
-        return [example for part in parts for example in world.task(style, part, seed=seed)]
-    if split not in ("train", "dev", "test"):
-        raise ValueError(f"got the split {split!r}, expected one of "
-                         + guess(split, ("train", "dev", "test")))
+        return [example for part in parts for example in tables.task(style, part, seed=seed)]
+    if split not in SPLITS:
+        raise ValueError(f"got the split {split!r}, expected one of {guess(split, SPLITS)}")
     if name.removesuffix(".gz").endswith(".jsonl"):
         path = Path(name)
         if not path.is_file():

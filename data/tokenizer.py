@@ -1,11 +1,12 @@
-"""The tokenizer of a model: its own vocabulary from a file, or GPT-2's.
+"""The tokenizer of a model: its own vocabulary from a file, or GPT-2's, and how it frames a text.
 
 Both are byte-level BPE with GPT-2's rule for cutting text into words, so that any text can be
-encoded and comes back the same. The bundled model has a small vocabulary in a file
+encoded and comes back the same. The bundled models have a small vocabulary in a file
 `tokenizer.tiktoken`, in tiktoken's format: a line for each token with its bytes in base64, a blank,
-and its number. BART has GPT-2's tokens under other numbers: a file beside the model tells them.
-Called by train.py, sample.py and whatever else turns text into numbers. Encode with
-`encode_ordinary`: a text in which someone wrote <|endoftext|> must not end there.
+and its number. BART has GPT-2's tokens under other numbers: a file beside the model has them.
+
+All tokenizers answer `encode`, `decode`, `source_ids`, `target_ids` and `text_of`, and have
+`vocab_size` and `eos_token_id`. A text in which someone wrote <|endoftext|> does not end there.
 """
 import base64
 import json
@@ -71,11 +72,48 @@ def read_vocab_json(path, encoding):
     return order
 
 
-class BARTTokenizer:
+class Tokenizer:
+    """GPT-2's, or one like it: a source and a target are one sequence,
+
+        " source " <|endoftext|> " target " <|endoftext|>
+
+    as in the official code; the same token ends the source and the target.
+    """
+    is_encoder_decoder = False
+
+    def __init__(self, encoding):
+        self.encoding, self.vocab_size = encoding, encoding.n_vocab
+        self.eos_token_id = encoding.eot_token
+        self.max_id = self.vocab_size - 1           # the largest number that a text may hold
+
+    def encode(self, text):
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids):
+        return self.encoding.decode(ids)
+
+    def source_ids(self, source):
+        """The tokens up to and with the first <|endoftext|>: all there is before decoding."""
+        return [*self.encode(f" {source} "), self.eos_token_id]
+
+    def target_ids(self, target):
+        """The tokens that the model has to generate, the end included."""
+        return [*self.encode(f" {target} "), self.eos_token_id]
+
+    def text_of(self, ids):
+        """The text of generated tokens up to the first end, without the blanks around it."""
+        if self.eos_token_id in ids:
+            ids = ids[:ids.index(self.eos_token_id)]
+        return self.decode(ids).strip()
+
+
+class BARTTokenizer(Tokenizer):
     """The tokens of a byte-level BPE under BART's numbers, and <s>, </s>, <mask> beside them."""
+    is_encoder_decoder = True
 
     def __init__(self, encoding, order, source):
         """order: BART's number -> the BPE's, or a name; source: the file, for the error."""
+        super().__init__(encoding)
         there = [number for number in order.values() if isinstance(number, int)]
         named = {name: number for number, name in order.items() if isinstance(name, str)}
         special = [named.get(name) for name in (START, PAD, END, UNKNOWN, MASK)]
@@ -84,24 +122,29 @@ class BARTTokenizer:
             raise ValueError(f"{source}: got {len(there)} numbers, expected each of the "
                              f"{encoding.n_vocab} tokens once, and <s>, <pad>, </s>, <unk>, "
                              "<mask>; take the model's own file")
-        self.encoding, self.n_vocab = encoding, len(order)
-        self.bos_token, self.pad_token, self.eot_token, _, self.mask_token = special
+        self.vocab_size = len(order)
+        (self.bos_token_id, self.pad_token_id, self.eos_token_id, _,
+         self.mask_token_id) = special
         self.theirs = {number: bpe for number, bpe in order.items() if isinstance(bpe, int)}
         self.ours = {bpe: number for number, bpe in self.theirs.items()}
+        # A BART may have no row for <mask>, the last number, which no text has.
+        self.max_id = max(self.theirs)
 
-    def encode_ordinary(self, text):
+    def encode(self, text):
         return [self.ours[number] for number in self.encoding.encode_ordinary(text)]
 
-    def framed(self, text):
-        """A whole text as BART reads it: <s>text</s>."""
-        return [self.bos_token, *self.encode_ordinary(text), self.eot_token]
+    def source_ids(self, text):
+        """A whole text as BART reads and writes it: <s>text</s>."""
+        return [self.bos_token_id, *self.encode(text), self.eos_token_id]
+
+    target_ids = source_ids
 
     def decode(self, ids):
         """The text of `ids`; what is no text, as <s>, is left out."""
         return self.encoding.decode([self.theirs[i] for i in ids if i in self.theirs])
 
 
-def base_tokenizer(directory):
+def byte_level_bpe(directory):
     """The byte-level BPE of the model in `directory`: its own, or GPT-2's."""
     path = Path(directory) / "tokenizer.tiktoken"
     if path.exists():
@@ -118,12 +161,13 @@ def base_tokenizer(directory):
 
 def load_tokenizer(directory):
     """The tokenizer of the model in `directory`: its tokenizer.tiktoken, or else tiktoken's "gpt2";
-    and for a BART its numbers, which dict.txt or vocab.json tells.
+    and for a BART its numbers, from dict.txt or vocab.json.
 
     <|endoftext|> is the number after the last token, as in GPT-2 (50,257 numbers, 50256 the last).
-    Raises OSError when GPT-2's vocabulary is neither in tiktoken's cache nor to be downloaded.
+    Raises OSError when GPT-2's vocabulary is neither in tiktoken's cache nor to be downloaded, and
+    ValueError for a damaged file.
     """
-    encoding = base_tokenizer(directory)
+    encoding = byte_level_bpe(directory)
     for name in OWN_FILES[1:]:
         path = Path(directory) / name
         if path.exists():
@@ -134,4 +178,4 @@ def load_tokenizer(directory):
                 raise ValueError(f"{path}: got {type(error).__name__} {str(error)[:60]!r}, "
                                  "expected numbers of tokens; take the model's own file") from error
             return BARTTokenizer(encoding, order, path)
-    return encoding
+    return Tokenizer(encoding)

@@ -1,7 +1,8 @@
-"""convert.py: what it reads, what it refuses, what it downloads. Needs no package beyond torch; the
-equality with the transformers library is in test_transformers.py.
+"""pretrained.convert: what it reads, what it refuses, what it downloads. Needs no package beyond
+torch; the equality with the transformers library is in test_transformers.py.
 """
 import dataclasses
+import functools
 import hashlib
 import http.server
 import json
@@ -15,10 +16,12 @@ import pytest
 import torch
 from conftest import ROOT, random_gpt2
 
-from checkpoint import load
-
-pytest.importorskip("convert", reason="convert.py, a side door, is not here")
-from convert import NAMES, convert, declared_sha256, fetch, read_checkpoint  # noqa: E402
+from pretrained.architectures import architecture, new_prefix
+from pretrained.checkpoint import load, save
+from pretrained.convert import main
+from pretrained.hub import NAMES, declared_sha256, fetch
+from pretrained.hugging_face import convert, read_checkpoint
+from utils.cli import run_program
 
 WHOLE = {"config.json", "model.pt"}
 
@@ -305,7 +308,7 @@ def hub(tmp_path):
     server.sums = {name: hashlib.sha256(body).hexdigest() for name, body in server.files.items()}
     server.states_sums, server.asked = True, []
     server.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
@@ -372,8 +375,8 @@ def test_a_hub_that_says_no_is_named(hub, tmp_path):
 
 
 def command(*words):
-    return subprocess.run([sys.executable, ROOT / "convert.py", *map(str, words)],
-                          capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "pretrained.convert", *map(str, words)],
+                          cwd=ROOT, capture_output=True, text=True)
 
 
 def test_the_command_converts_a_directory(tmp_path):
@@ -383,15 +386,66 @@ def test_the_command_converts_a_directory(tmp_path):
     assert load(tmp_path / "out").config == small().config
 
 
-def test_a_mistake_is_one_line_and_exit_status_2(tmp_path):
+@pytest.mark.parametrize("process", [
+    pytest.param(True, marks=pytest.mark.slow, id="program"), pytest.param(False, id="function")])
+def test_a_mistake_is_one_line_and_exit_status_2(tmp_path, capfd, process):
     """Catches a traceback, torch's advice to run the code, or success reported for a failure."""
     cut = write(tmp_path / "cut", foreign(small()))
     whole = (cut / "pytorch_model.bin").read_bytes()
     (cut / "pytorch_model.bin").write_bytes(whole[:len(whole) // 2])
     trap = write(tmp_path / "trap", {"wte.weight": Trap(tmp_path / "sprung")}, "legacy")
     for source, word in (("gpt5", "gpt2-medium"), (cut, "cut short"), (trap, "mkdir")):
-        done = command(source, "--out", tmp_path / "out")
-        assert done.returncode == 2 and done.stdout == ""
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-        assert word in done.stderr and "weights_only" not in done.stderr
+        words = [str(source), "--out", str(tmp_path / "out")]
+        if process:
+            done = command(*words)
+            status, out, err = done.returncode, done.stdout, done.stderr
+        else:
+            with pytest.raises(SystemExit) as caught:
+                run_program(functools.partial(main, words))
+            status, (out, err) = caught.value.code, capfd.readouterr()
+        assert status == 2 and out == ""
+        assert err.startswith("error: ") and err.count("\n") == 1
+        assert word in err and "weights_only" not in err
     assert not (tmp_path / "out").exists() and not (tmp_path / "sprung").exists()
+
+
+def test_the_makers_way_of_decoding_survives_both_files(tmp_path):
+    """Catches a generation config that is lost by `convert`, by `save` or by `load`."""
+    directory = write(tmp_path / "hf", foreign(small()), num_beams=4, bos_token_id=60,
+                      length_penalty=None, task_specific_params={"summarization": {}})
+    newer = {"bos_token_id": 59, "forced_eos_token_id": 3, "temperature": 0.5}
+    (directory / "generation_config.json").write_text(json.dumps(newer))
+    convert(directory, tmp_path / "out")
+    wanted = {"num_beams": 4, "bos_token_id": 59, "forced_eos_token_id": 3}
+    model = load(tmp_path / "out")
+    assert model.generation_config == wanted        # the newer file's word counts
+    save(model, tmp_path / "again")
+    assert load(tmp_path / "again").generation_config == wanted
+    save(small(), tmp_path / "plain")
+    assert load(tmp_path / "plain").generation_config == {}
+
+
+# ---- the table of the architectures
+
+def test_an_architecture_that_is_not_here_is_refused_in_plain_words(tmp_path):
+    """Catches a KeyError, in a program or for a model's directory of another version."""
+    with pytest.raises(ValueError, match="got model_type 'nope'; expected one of gpt2, bart; "):
+        architecture("nope")
+    save(small(), tmp_path / "ours")
+    about = json.loads((tmp_path / "ours" / "config.json").read_text())
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(about | {"architecture": "nope"}))
+    with pytest.raises(ValueError, match="ours, whose files do not fit .*got model_type 'nope'"):
+        load(tmp_path / "ours")
+
+
+def test_a_room_that_was_deleted_is_named(tmp_path, monkeypatch):
+    """Catches a ModuleNotFoundError for a BART where somebody has deleted bart/; and a GPT-2 that
+    needs it.
+    """
+    for name in [name for name in sys.modules if name.split(".")[0] == "bart"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "bart", None)              # as if the folder were not there
+    with pytest.raises(ValueError, match="got model_type 'bart', but there is no bart.* here; "):
+        architecture("bart")
+    refused(write(tmp_path / "hf", foreign(small()), model_type="bart"), "there is no bart")
+    assert new_prefix(small(), 3, 5)().size(4) == 3

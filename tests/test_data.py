@@ -11,9 +11,10 @@ import tarfile
 
 import pytest
 
-from data import formats, summaries, tasks, world
-from data.tasks import Example, load
-
+from data import formats, summaries, tasks
+from data.example import Example
+from data.tasks import load
+from data.toy_world import tables
 
 # ---- small files in the official forms
 
@@ -90,7 +91,7 @@ def test_e2e_has_one_example_for_each_table_with_all_its_references(tmp_path, sp
         Example("name : Zizzi | Type : pub | customer rating : 5 out of 5", ("Zizzi, a pub.",))]
 
 
-@pytest.mark.parametrize("line, text, told", [
+@pytest.mark.parametrize("line, text, words", [
     (1, "MR\n", "testset_w_refs.csv"),
     (2, 'mr,ref\nname Alimentum,No\n', "'name Alimentum'"),
     (2, 'mr,ref\n"name[A], food[Th[ai]]",No\n', "expected the form"),
@@ -98,11 +99,11 @@ def test_e2e_has_one_example_for_each_table_with_all_its_references(tmp_path, sp
     (2, 'mr,ref\nname[A],\n', "expected a table and its reference"),
     (2, 'mr,ref\nname[A],"never closed\nname[B],x\n', "quotes"),
 ])
-def test_a_bad_line_of_e2e_is_named(tmp_path, line, text, told):
+def test_a_bad_line_of_e2e_is_named(tmp_path, line, text, words):
     """Would catch a line number that forgets references which go over several lines."""
     path = write(tmp_path / "trainset.csv", text)
     message = error_of(load, "e2e", "train", tmp_path)
-    assert message.startswith(f"{path}, line {line}:") and told in message
+    assert message.startswith(f"{path}, line {line}:") and words in message
 
 
 # ---- WebNLG
@@ -137,7 +138,7 @@ def test_webnlg_trains_on_good_texts_and_is_scored_against_all(tmp_path):
     assert load("webnlg", "dev", tmp_path)[1].source == WEBNLG_SOURCES[1]
 
 
-@pytest.mark.parametrize("name, text, told", [
+@pytest.mark.parametrize("name, text, words", [
     ("dev.json", '{"entries": [\n{"1": }]}', "line 2: got no JSON"),
     ("dev.json", '[]', "another layout"),
     ("dev.json", '{"entries": [{"1": {"category": "City"}}]}', "entry 1: got another layout"),
@@ -146,11 +147,11 @@ def test_webnlg_trains_on_good_texts_and_is_scored_against_all(tmp_path):
     ("dev/a.xml", webnlg_xml([("City", [("a", "b | c", "d")], [])]), "entry Id1"),
     ("dev/a.xml", "<benchmark></benchmark>", "got no example"),
 ])
-def test_a_webnlg_file_of_another_form_is_named_with_the_place(tmp_path, name, text, told):
+def test_a_webnlg_file_of_another_form_is_named_with_the_place(tmp_path, name, text, words):
     """Would catch a traceback (KeyError: 'category') instead of a sentence."""
     write(tmp_path / name, text)
     message = error_of(load, "webnlg", "dev", tmp_path)
-    assert message.startswith(str(tmp_path / "dev")) and told in message
+    assert message.startswith(str(tmp_path / "dev")) and words in message
 
 
 # ---- DART
@@ -167,7 +168,7 @@ def test_dart_lowers_the_relation_only_and_keeps_equal_entries_apart(tmp_path, f
                                              Example(source, ("In 1973 it joined.",))]
 
 
-@pytest.mark.parametrize("file, text, told", [
+@pytest.mark.parametrize("file, text, words", [
     ("dart-v1.1.1-full-dev.json", '[{"tripleset": [["a", "b"]], "annotations": []}]', "entry 1:"),
     ("dart-v1.1.1-full-dev.json", '{"tripleset": []}', "got a dict"),
     ("dart-v1.1.1-full-dev.json", "null", "got a NoneType"),
@@ -176,11 +177,11 @@ def test_dart_lowers_the_relation_only_and_keeps_equal_entries_apart(tmp_path, f
     ("dart-v1.1.1-full-dev.jsonl", "", "got no example"),
     ("dart-v1.1.1-full-dev.json", "", "line 1: got no JSON"),
 ])
-def test_a_dart_file_of_another_form_is_named_with_the_place(tmp_path, file, text, told):
+def test_a_dart_file_of_another_form_is_named_with_the_place(tmp_path, file, text, words):
     """Would catch a traceback, or an entry that is silently skipped."""
     write(tmp_path / file, text)
     message = error_of(load, "dart", "dev", tmp_path)
-    assert message.startswith(str(tmp_path / file)) and told in message
+    assert message.startswith(str(tmp_path / file)) and words in message
 
 
 # ---- your own JSONL
@@ -236,7 +237,7 @@ def test_the_test_split_is_the_file_beside_it(tmp_path):
     assert load(name, "test") == [Example("z", ("9",))]
 
 
-@pytest.mark.parametrize("line, told", [
+@pytest.mark.parametrize("line, words", [
     ('{"source": "a"', "got no JSON"),
     ('{"source": "a", "tgt": "b"}', "got the keys source, tgt, expected"),
     ('{}', "got the keys of none"),
@@ -249,12 +250,12 @@ def test_the_test_split_is_the_file_beside_it(tmp_path):
     ('{"source": "a", "target": "\\ud83d"}', "half a character"),
     (b'{"source": "a", "target": "caf\xe9"}', "got the byte 0xe9, expected UTF-8"),
 ])
-def test_a_bad_line_of_your_own_file_is_named(tmp_path, line, told):
+def test_a_bad_line_of_your_own_file_is_named(tmp_path, line, words):
     """Would catch a traceback, or a bad pair that is silently left out."""
     line = line if isinstance(line, bytes) else line.encode()
     path = write(tmp_path / "my.jsonl", jsonl({"source": "a", "target": "b"}).encode() * 2 + line)
     message = error_of(load, str(path), "train")
-    assert message.startswith(f"{path}, line 3:") and told in message
+    assert message.startswith(f"{path}, line 3:") and words in message
 
 
 def test_sources_alone_can_be_read(tmp_path):
@@ -267,14 +268,14 @@ def test_sources_alone_can_be_read(tmp_path):
 
 # ---- names and files
 
-@pytest.mark.parametrize("name, split, told", [
+@pytest.mark.parametrize("name, split, words", [
     ("webnl", "train", "did you mean webnlg?"), ("data.csv", "train", ".jsonl file or one of"),
     ("e2e", "valid", "expected one of train, dev, test"), ("e2e", "tests", "did you mean test?"),
     ("no/such.jsonl", "train", "which is no file"), ("world", "tset", "did you mean test?"),
 ])
-def test_an_unknown_name_is_answered_with_the_known_ones(name, split, told):
+def test_an_unknown_name_is_answered_with_the_known_ones(name, split, words):
     """Would catch a KeyError, or a download that starts for a misspelt name."""
-    assert told in error_of(load, name, split, ".")
+    assert words in error_of(load, name, split, ".")
 
 
 def test_an_empty_or_damaged_file_is_named(tmp_path):
@@ -295,7 +296,7 @@ def test_an_empty_or_damaged_file_is_named(tmp_path):
 
 
 def test_what_is_missing_in_the_data_dir_is_said_with_its_address(tmp_path):
-    """Would catch a download behind the back of someone who said where the data is."""
+    """Would catch a download behind the back of someone who has named the folder."""
     message = error_of(load, "dart", "train", tmp_path)
     assert "dart-v1.1.1-full-train.json" in message and tasks.DART in message
     assert str(tmp_path / "dart") in message
@@ -338,7 +339,7 @@ def test_every_task_has_three_splits_with_address_and_digest():
 def test_each_world_is_its_own_style():
     """Would catch: world-hard that is the near one, and its claims with it."""
     for name, style in (("world", "near"), ("world-hard", "hard")):
-        assert load(name, "dev") == world.task(style, "dev")
+        assert load(name, "dev") == tables.task(style, "dev")
 
 
 @pytest.mark.parametrize("name", ["world", "world-hard"])

@@ -10,13 +10,15 @@ import pytest
 import torch
 from conftest import ROOT, random_gpt2
 
-import opening
 import sample
 import train
-from beam import Rules
+from data import paper
+from data.requests import read_requests
 from data.tokenizer import load_tokenizer
-from model import attend
-from sample import choose, generate
+from decoding.constraints import Constraints
+from model import ExplicitAttention
+from pretrained.checkpoint import load
+from sample import generate, sample_token
 
 EOS = 256
 
@@ -33,11 +35,12 @@ def prefix():
     return torch.randn(3, 2, 1, 4, 5, 6, dtype=torch.float64)
 
 
-def recomputed(model, prompt, prefix, max_new, choose):
+def recomputed(model, prompt, prefix, max_new_tokens, sample=sample_token):
     """One prompt, alone, without a cache: the whole sequence again for every token."""
     ids = list(prompt)
-    for _ in range(max_new):
-        ids.append(choose(model.head(model(torch.tensor([ids]), prefix)[:, -1])).item())
+    for _ in range(max_new_tokens):
+        logits = model.head(model.hidden_states(torch.tensor([ids]), prefix)[:, -1])    # (1, V)
+        ids.append(sample(logits).item())
         if ids[-1] == EOS:
             return ids[len(prompt):-1]
     return ids[len(prompt):]
@@ -48,72 +51,72 @@ def test_cached_decoding_is_recomputation(model, prompts, prefix):
     short prompt that sees its padding, a prefix that is there in the first step only.
     """
     for given in (None, prefix):
-        together = generate(model, prompts, Rules(EOS, 30), given)
-        for prompt, said in zip(prompts, together):
-            assert said == recomputed(model, prompt, given, 30, choose)
-    assert together != generate(model, prompts, Rules(EOS, 30), None)  # the prefix does something
+        together = generate(model, prompts, Constraints(EOS, 30), given)
+        for prompt, row in zip(prompts, together):
+            assert row == recomputed(model, prompt, given, 30)
+    assert together != generate(model, prompts, Constraints(EOS, 30))   # the prefix does something
 
 
 def test_sampled_cached_decoding_is_recomputation(model, prompts, prefix):
     """Would catch: draws that depend on how the logits were computed."""
     for prompt in prompts:
         def draw(logits, generator):
-            return choose(logits, 1.3, 50, 0.9, generator)
+            return sample_token(logits, 1.3, 50, 0.9, generator)
         one, two = (functools.partial(draw, generator=torch.Generator().manual_seed(6))
                     for _ in range(2))
-        assert (generate(model, [prompt], Rules(EOS, 30), prefix, choose=one)[0]
+        assert (generate(model, [prompt], Constraints(EOS, 30), prefix, sample=one)[0]
                 == recomputed(model, prompt, prefix, 30, two))
 
 
 def test_a_row_of_prefixes_serves_each_its_own(model, prompts):
     """Would catch: decoding that takes the first row's prefix for all."""
     own = torch.randn(3, 2, 4, 4, 5, 6, dtype=torch.float64)
-    together = generate(model, prompts, Rules(EOS, 20), own)
+    together = generate(model, prompts, Constraints(EOS, 20), own)
     for row, prompt in enumerate(prompts):
-        assert together[row] == recomputed(model, prompt, own[:, :, row:row + 1], 20, choose)
+        assert together[row] == recomputed(model, prompt, own[:, :, row:row + 1], 20)
 
 
 def test_a_text_ends_at_eos_and_not_before_its_least_length(prompts, prefix):
     """Would catch: tokens after the end, an end that counts as text, a least length off by one."""
     model = random_gpt2()
-    likely = generate(model, prompts[:1], Rules(EOS, 8), prefix)[0]
-    # Take the token said at place 5 as the end: the text stops in front of its first occurrence.
+    likely = generate(model, prompts[:1], Constraints(EOS, 8), prefix)[0]
+    # Take the token generated at place 5 as the end: the text stops before its first occurrence.
     end = likely[5]
-    cut = generate(model, prompts[:1], Rules(end, 8), prefix)[0]
+    cut = generate(model, prompts[:1], Constraints(end, 8), prefix)[0]
     assert cut == likely[:likely.index(end)]
-    longer = generate(model, prompts[:1], Rules(end, 8, 7), prefix)[0]
+    longer = generate(model, prompts[:1], Constraints(end, 8, 7), prefix)[0]
     assert len(longer) >= 7 and end not in longer
-    assert len(generate(model, prompts[:1], Rules(end, 8, 8), prefix)[0]) == 8
-    assert generate(model, prompts, Rules(EOS, 0), prefix) == [[], [], [], []]
+    assert len(generate(model, prompts[:1], Constraints(end, 8, 8), prefix)[0]) == 8
+    assert generate(model, prompts, Constraints(EOS, 0), prefix) == [[], [], [], []]
 
 
-def test_banned_tokens_are_never_said(model, prompts, prefix):
+def test_banned_tokens_are_never_generated(model, prompts, prefix):
     """Would catch: a ban that holds for the first token or the first row only."""
-    free = generate(model, prompts, Rules(EOS, 20), prefix)
+    free = generate(model, prompts, Constraints(EOS, 20), prefix)
     banned = {token for row in free for token in row}
-    said = generate(model, prompts, Rules(EOS, 20, banned=tuple(banned)), prefix)
-    assert not banned & {token for row in said for token in row} and any(said)
+    rows = generate(model, prompts, Constraints(EOS, 20, banned_tokens=tuple(banned)), prefix)
+    assert not banned & {token for row in rows for token in row} and any(rows)
 
 
 def test_decoding_stops_where_the_positions_end(model, prefix):
     """64 positions, P = 5, a prompt of 50: 9 tokens. Would catch: an error after long work."""
-    row, = generate(model, [[1] * 50], Rules(EOS, 100, 100), prefix)
+    row, = generate(model, [[1] * 50], Constraints(EOS, 100, 100), prefix)
     assert len(row) == 9
 
 
 def test_temperature_zero_is_the_likeliest_and_one_the_distribution():
     """20,000 draws within 5 standard errors. Would catch: a temperature upside down."""
     logits, generator = torch.tensor([[0.0, 1.0, 2.0, -3.0]]), torch.Generator().manual_seed(7)
-    assert choose(logits).tolist() == [2]
+    assert sample_token(logits).tolist() == [2]
     for temperature, top_k, top_p in ((1.0, 0, 1.0), (2.0, 0, 1.0), (1.0, 2, 1.0), (1.0, 0, 0.7)):
-        draws = choose(logits.expand(20_000, 4), temperature, top_k, top_p, generator)
+        draws = sample_token(logits.expand(20_000, 4), temperature, top_k, top_p, generator)
         p = (logits[0] / temperature).softmax(0)
         if top_k or top_p < 1:      # .66 < .7 <= .66 + .24: both filters keep the best two
             p = torch.where(torch.tensor([0, 1, 1, 0]) > 0, p, 0) / p[1:3].sum()
         found = torch.bincount(draws, minlength=4) / 20_000
         assert ((found - p).abs() <= 5 * (p * (1 - p) / 20_000).sqrt()).all()
-    assert choose(logits, 1.0, 1, 1.0, generator).tolist() == [2]
-    assert choose(logits, 1.0, 0, 1e-9, generator).tolist() == [2]      # at least one is kept
+    assert sample_token(logits, 1.0, 1, 1.0, generator).tolist() == [2]
+    assert sample_token(logits, 1.0, 0, 1e-9, generator).tolist() == [2]    # at least one is kept
 
 
 # ---- the program
@@ -131,19 +134,20 @@ def trained(tmp_path_factory, model_directory):
     return str(folder / "out")
 
 
-def said(capsys, *arguments):
-    sample.main([*arguments, "--device", "cpu", "--max-new", "12"])
+def output(capsys, *arguments):
+    """What the program prints to standard output."""
+    sample.main([*arguments, "--device", "cpu", "--max-new-tokens", "12"])
     return capsys.readouterr().out
 
 
-def test_standard_output_carries_the_text_and_nothing_else(trained):
+def test_standard_output_carries_the_text_and_nothing_else(trained, capsys):
     """Would catch: a progress bar or a note about the device in the middle of somebody's file."""
-    command = [sys.executable, str(ROOT / "sample.py"), "--run", trained, "--max-new", "12",
+    command = [sys.executable, str(ROOT / "sample.py"), "--run", trained, "--max-new-tokens", "12",
                "--device", "cpu"]
-    one = subprocess.run([*command, "n : 3"], capture_output=True, text=True)
-    assert one.returncode == 0 and one.stdout.count("\n") == 1 and "device cpu" in one.stderr
-    asked = subprocess.run(command, input="n : 3\n\nn : 4\n", capture_output=True, text=True)
-    assert asked.stdout.startswith(one.stdout) and asked.stdout.count("\n") == 2
+    answered = subprocess.run(command, input="n : 3\n\nn : 4\n", capture_output=True, text=True)
+    assert answered.returncode == 0 and "device cpu" in answered.stderr
+    expected = [output(capsys, "--run", trained, source) for source in ("n : 3", "n : 4")]
+    assert answered.stdout == "".join(expected) and answered.stdout.count("\n") == 2
 
 
 def test_many_sources_come_back_in_their_order(trained, tmp_path, capsys):
@@ -151,98 +155,108 @@ def test_many_sources_come_back_in_their_order(trained, tmp_path, capsys):
     sources = [f"n : {10 ** (i % 5)}" for i in range(23)]
     (tmp_path / "in.txt").write_text("\n".join(sources) + "\n")
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"source": s}) + "\n" for s in sources))
-    alone = [said(capsys, "--run", trained, s) for s in sources[:5]]
-    lines = said(capsys, "--run", trained, "--input", str(tmp_path / "in.txt"), "--batch-size", "7")
+    alone = [output(capsys, "--run", trained, s) for s in sources[:5]]
+    lines = output(capsys, "--run", trained, "--input", str(tmp_path / "in.txt"),
+                   "--batch-size", "7")
     assert lines.splitlines() == [alone[i % 5].rstrip("\n") for i in range(23)]
-    assert said(capsys, "--run", trained, "--input", str(tmp_path / "in.jsonl")) == lines
-    assert said(capsys, "--run", trained, "--input", str(tmp_path / "in.jsonl"),
+    assert output(capsys, "--run", trained, "--input", str(tmp_path / "in.jsonl")) == lines
+    assert output(capsys, "--run", trained, "--input", str(tmp_path / "in.jsonl"),
                 "--output", str(tmp_path / "out.jsonl")) == ""
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["source"] for row in rows] == sources
     assert [row["text"] + "\n" for row in rows][:5] == alone
 
 
-def test_the_frozen_model_goes_on_with_a_text(trained, model_directory, capsys):
+def test_the_frozen_model_continues_a_text(trained, model_directory, capsys):
     """Would catch: a prefix in front of the frozen model, or a source's frame around plain text."""
-    tokenizer = opening.load_tokenizer(model_directory)
-    model = opening.load(model_directory)
-    row, = generate(model, [tokenizer.encode_ordinary("Hello")], Rules(EOS, 12), None)
-    text = said(capsys, "--model", str(model_directory), "Hello")
+    tokenizer, model = load_tokenizer(model_directory), load(model_directory)
+    row, = generate(model, [tokenizer.encode("Hello")], Constraints(EOS, 12))
+    text = output(capsys, "--model", str(model_directory), "Hello")
     assert text == tokenizer.decode(row).strip() + "\n"
-    assert text != said(capsys, "--run", trained, "Hello")
+    assert text != output(capsys, "--run", trained, "Hello")
 
 
 def test_the_seed_decides_what_is_drawn(trained, capsys):
     """Would catch: a generator that is not seeded, or not used."""
-    draw = functools.partial(said, capsys, "--run", trained, "--temperature", "1.5", "n : 3",
+    draw = functools.partial(output, capsys, "--run", trained, "--temperature", "1.5", "n : 3",
                              "--seed")
     assert draw("1") == draw("1") != draw("2")
 
 
 def test_the_flags_reach_the_decoder(trained, model_directory, capsys, monkeypatch):
     """Would catch: a flag that is read and then forgotten."""
-    one = functools.partial(said, capsys, "--run", trained, "n : 3")
+    one = functools.partial(output, capsys, "--run", trained, "n : 3")
     greedy = one()
     assert one("--temperature", "9", "--top-k", "1") == greedy != one("--temperature", "9")
     assert one("--temperature", "9", "--top-p", "1e-9") == greedy
     assert "i" in greedy and "i" not in one("--ban", "i")
-    def speaker(**given):
-        return sample.Speaker(sample.Settings(device="cpu", **given))
-    rules = speaker(run=[trained], max_new=12, min_new=3, no_repeat=4).rules
-    assert (rules.max_new, rules.min_new, rules.no_repeat) == (12, 3, 4)
-    assert rules.banned == (10,)                                    # the line break
-    assert speaker(model=str(model_directory)).rules.banned == ()
+
+
+def test_the_settings_reach_the_decoder(trained, model_directory, monkeypatch):
+    """Would catch: a flag that is read and then forgotten."""
+    def generator(**settings):
+        return sample.Generator(sample.Settings(device="cpu", **settings))
+    constraints = generator(run=[trained], max_new_tokens=12, min_new_tokens=3,
+                            no_repeat_ngram_size=4).constraints
+    assert constraints == Constraints(EOS, 12, 3, (10,), 4)             # 10 is the line break
+    assert generator(model=str(model_directory)).constraints.banned_tokens == ()
     calls = []
-    monkeypatch.setattr(sample, "search", lambda reader, *rest: calls.append(rest) or [([1], 0.0)])
-    many = speaker(run=[trained], beam=3, length_penalty=0.7, stop="sure", max_new=5)
-    many.say(["n : 3"])
-    assert calls == [(many.rules, 3, 0.7, "sure")]
+    monkeypatch.setattr(sample, "beam_search",
+                        lambda state, *rest: calls.append(rest) or [([1], 0.0)])
+    beams = generator(run=[trained], num_beams=3, length_penalty=0.7, early_stopping="never",
+                      max_new_tokens=5)
+    beams.generate(["n : 3"])
+    assert calls == [(beams.constraints, 3, 0.7, "never")]
 
 
-def test_the_attention_that_is_asked_for_is_the_one_that_is_used(model_directory, monkeypatch):
-    """Would catch: --attention fused that decodes with the explicit form without a word."""
+def test_the_attention_of_the_model_is_the_one_that_is_used(model):
+    """Would catch: a form from fast/ that is set on the model, and decoding that goes past it."""
     calls = []
 
-    def other(*inputs, causal):
-        calls.append(1)
-        return attend(*inputs, causal)
-    monkeypatch.setattr(sample, "find_attention", lambda name, model: {"fused": other}[name])
-    speaker = sample.Speaker(sample.Settings(model=str(model_directory), device="cpu", max_new=2,
-                                             attention="fused", beam=1))
-    speaker.say(["x"])
+    class Counted(ExplicitAttention):
+        def __call__(self, *inputs):
+            calls.append(1)
+            return super().__call__(*inputs)
+    model.attention = Counted()
+    generate(model, [[1, 2, 3]], Constraints(EOS, 2))
     assert len(calls) == 2 * 3                      # two tokens, three layers
 
 
-def test_what_a_bart_is_made_to_say_comes_from_its_config(bart_directory, tmp_path):
-    """Would catch: texts without the <s> and </s> that the model's makers force."""
-    shutil.copytree(bart_directory, tmp_path / "bart")
-    about = json.loads((tmp_path / "bart/config.json").read_text())
-    about["config"]["decoding"] = {"forced_bos_token_id": 0, "forced_eos_token_id": 2}
-    (tmp_path / "bart/config.json").write_text(json.dumps(about))
-    rules = sample.Speaker(sample.Settings(model=str(tmp_path / "bart"), device="cpu")).rules
-    assert (rules.first, rules.last) == (0, 2)
+def test_forced_tokens_come_from_the_models_config(model_directory, tmp_path):
+    """Would catch: texts of a BART without the <s> and </s> that the model's makers force."""
+    shutil.copytree(model_directory, tmp_path / "model")
+    about = json.loads((tmp_path / "model/config.json").read_text())
+    about["generation_config"] = {"forced_bos_token_id": 65, "forced_eos_token_id": 66}
+    (tmp_path / "model/config.json").write_text(json.dumps(about))
+    generator = sample.Generator(sample.Settings(model=str(tmp_path / "model"), device="cpu",
+                                                 max_new_tokens=3))
+    assert generator.constraints.forced_bos_token_id == 65
+    assert generator.constraints.forced_eos_token_id == 66
+    text, = generator.generate(["x"])
+    assert text[0] == "A" and text[-1] == "B"
 
 
-def test_a_long_text_goes_on_from_its_end(model_directory):
+def test_a_long_text_is_continued_from_its_end(model_directory):
     """Of the frozen model alone. Would catch: the beginning kept, and the end cut off."""
-    speaker = sample.Speaker(sample.Settings(model=str(model_directory), device="cpu", max_new=10))
-    ids = speaker.tokens("x" * 60 + "end", speaker.model.no_prefix())
+    generator = sample.Generator(sample.Settings(model=str(model_directory), device="cpu",
+                                                 max_new_tokens=10))
+    ids = generator.prompt("x" * 60 + "end", generator.model.empty_prefix())
     assert bytes(ids) == b"x" * 51 + b"end"         # 64 positions
 
 
 def test_prefixes_of_several_lengths_leave_each_other_room(model):
     """Would catch: the longest prefix added to the longest prompt of another row."""
     own = [torch.randn(3, 2, 1, 4, P, 6, dtype=torch.float64) for P in (20, 1)]
-    rows = generate(model, [[1] * 5, [1] * 50], Rules(EOS, 100, 100), own)
+    rows = generate(model, [[1] * 5, [1] * 50], Constraints(EOS, 100, 100), own)
     assert [len(row) for row in rows] == [13, 13]   # 64 positions, 50 + 1 of them taken
 
 
 def test_files_of_sources_come_from_everywhere(tmp_path):
     """Would catch: line ends of Windows in the source, a packed file taken for text."""
     (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\r\n")
-    assert sample.requests_in(tmp_path / "a.txt", ["r"]) == (["one", "two"], ["r", "r"])
+    assert read_requests(tmp_path / "a.txt", ["r"]) == (["one", "two"], ["r", "r"])
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"source": "x"}\n'))
-    assert sample.requests_in(tmp_path / "a.jsonl.gz", ["r"]) == (["x"], ["r"])
+    assert read_requests(tmp_path / "a.jsonl.gz", ["r"]) == (["x"], ["r"])
 
 
 def test_the_line_breaks_of_gpt2_are_two_tokens(tmp_path):
@@ -251,29 +265,30 @@ def test_the_line_breaks_of_gpt2_are_two_tokens(tmp_path):
         tokenizer = load_tokenizer(tmp_path)
     except OSError as error:
         pytest.skip(f"GPT-2's vocabulary is not here: {error}")
-    assert {token for text in sample.LINE_BREAKS for token in tokenizer.encode_ordinary(text)} == {
-        198, 628}
+    assert sample.banned_tokens(tokenizer, paper.LINE_BREAKS) == (198, 628)
 
 
 def test_summaries_are_decoded_as_the_official_code_does():
     """Its 11 and 62 count the token that BART starts from. Would catch: these numbers as they are.
     """
-    assert sample.DEFAULTS["xsum"] == dict(beam=6, min_new=10, max_new=61, length_penalty=0.8)
-    assert sample.DEFAULTS["e2e"] == dict(beam=5, min_new=5, max_new=100, length_penalty=1.0)
+    assert paper.DECODING["xsum"] == dict(num_beams=6, min_new_tokens=10, max_new_tokens=61,
+                                          length_penalty=0.8)
+    assert paper.DECODING["e2e"] == dict(num_beams=5, min_new_tokens=5, max_new_tokens=100,
+                                         length_penalty=1.0)
 
 
-def test_prompts_that_cannot_be_gone_on_with_are_refused(model, prefix):
+def test_prompts_that_cannot_be_continued_are_refused(model, prefix):
     """Would catch: an empty answer in silence, or a row that goes on from its padding."""
     for prompts in ([], [[]], [[], [1, 2]]):
         with pytest.raises(ValueError, match="got an empty prompt, or none"):
-            generate(model, prompts, Rules(EOS), prefix)
+            generate(model, prompts, Constraints(EOS), prefix)
     with pytest.raises(ValueError, match="got a prefix of 5 and a prompt of 59 tokens"):
-        generate(model, [[1] * 59], Rules(EOS), prefix)
+        generate(model, [[1] * 59], Constraints(EOS), prefix)
 
 
 def test_a_source_that_is_too_long_is_cut_aloud(trained, capsys):
     """Would catch: a source cut in silence, or a failure for one line among thousands."""
-    sample.main(["--run", trained, "--device", "cpu", "--max-new", "12", "x" * 80])
+    sample.main(["--run", trained, "--device", "cpu", "--max-new-tokens", "12", "x" * 80])
     assert "cut 36 tokens of 'xxx" in capsys.readouterr().err      # 80 + 3 of frame + 12 + P - 64
 
 
@@ -284,12 +299,12 @@ def test_a_source_that_is_too_long_is_cut_aloud(trained, capsys):
     (["--model", "tiny-gpt", "x"], "got the model 'tiny-gpt'.*did you mean tiny-gpt2"),
     (["--run", "RUN", "x", "--top-p", "0"], "got --top-p 0.0; expected a number from"),
     (["--run", "RUN", "x", "--top-k", "5"], "got --top-k or --top-p without --temperature"),
-    (["--run", "RUN", "x", "--max-new", "60"], "leaves no room for a source"),
+    (["--run", "RUN", "x", "--max-new-tokens", "60"], "leaves no room for a source"),
     (["--run", "RUN", "--input", "empty.txt"], "got empty.txt, which is empty"),
     (["--run", "RUN", "--input", "absent.txt"], "absent.txt"),
     (["--run", "RUN", "--input", "gap.txt"], "gap.txt, line 2: got a blank line"),
     (["--run", "RUN", "--input", "bad.jsonl", "--output", "."], "got --output ., which is no file"),
-    (["--run", "RUN", "x", "--max-new", "-5"], "got --max-new -5; expected at least 1"),
+    (["--run", "RUN", "x", "--max-new", "-5"], "got --max-new-tokens -5; expected at least 1"),
     (["--run", "RUN", "x", "--temperature", "nan"], "got --temperature nan"),
     (["--run", "RUN", "x", "--device", "meta"], "got --device meta, which PyTorch cannot use"),
     (["--run", "RUN", "--input", "bad.jsonl"], 'bad.jsonl, line 2: got the keys sauce'),

@@ -5,11 +5,13 @@ import re
 
 import pytest
 
-from data import headlines, summaries
-from data.tasks import Example, load
-from data.world import SPLITS, task
-from data.world_text import document
-from data.world_words import TRAIN_KINDS, UNSEEN_KINDS
+from data import summaries
+from data.example import Example
+from data.tasks import load
+from data.toy_world import headlines
+from data.toy_world.tables import SPLITS, task
+from data.toy_world.text import document
+from data.toy_world.words import TRAIN_KINDS, UNSEEN_KINDS
 
 PAGE = "http://web.archive.org/web/2015id_/http://www.bbc.co.uk/"
 ARTICLES = {    # number: address, first sentence, the rest, split
@@ -104,11 +106,11 @@ def test_dialogues_and_abstracts_become_one_line(tmp_path):
             {"source": [], "target": ["Nothing."]}]
     (tmp_path / "SciTLDR-A" / "dev.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert load("scitldr", "dev", tmp_path) == [Example("We do. It works.", ("It works.",))]
-    for name, text, told in (("dialogsum", '{"dialogue": "x"}', "got the summary None"),
+    for name, text, words in (("dialogsum", '{"dialogue": "x"}', "got the summary None"),
                              ("scitldr", '{"source": "x"}', "line 1: got another layout")):
         file = {"dialogsum": "dialogsum.test.jsonl", "scitldr": "SciTLDR-A/test.jsonl"}[name]
         (tmp_path / file).write_text(text)
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=words):
             load(name, "test", tmp_path)
 
 
@@ -146,8 +148,8 @@ def test_other_things_are_named_in_front_or_behind_only():
                                 for text in headlines.OTHERS))
     for example in headlines.task("train", 300):
         sentences = re.split(r"(?<=\.) ", example.source)
-        kinds = ["other" if other.fullmatch(said) else "chatter" if said in headlines.CHATTER
-                 else "fact" for said in sentences]
+        kinds = ["other" if other.fullmatch(s) else "chatter" if s in headlines.CHATTER
+                 else "fact" for s in sentences]
         facts = [n for n, kind in enumerate(kinds) if kind == "fact"]
         assert facts and 1 <= len(kinds) - len(facts) <= 3
         assert "other" not in kinds[facts[0]:facts[-1]]

@@ -1,16 +1,14 @@
 """Our GPT-2 is the one of the transformers library: the same logits from the same files.
 
-Every comparison goes the way a user goes: a checkpoint that transformers made, convert.py, load.
+Every comparison goes the way a user goes: from a checkpoint of transformers, over convert, to load.
 The weights are random and the shapes unusual, for square matrices and even sizes hide mistakes.
 """
 import pytest
 import torch
 
-from checkpoint import load
 from model import GPT2, GPT2Config
-
-pytest.importorskip("convert", reason="convert.py, a side door, is not here")
-from convert import convert  # noqa: E402
+from pretrained.checkpoint import load
+from pretrained.hugging_face import convert
 
 transformers = pytest.importorskip("transformers", reason="the oracle: pip install transformers")
 
@@ -62,24 +60,24 @@ def converted(theirs, directory, form="safetensors"):
     return load(directory / "ours", dtype=theirs.dtype)
 
 
-def difference(ours, theirs, real):
-    """The largest difference of logits (B, T, V) at real tokens, relative to their range."""
-    ours, theirs = ours[real], theirs[real]                                         # (N, V)
+def difference(ours, theirs, mask):
+    """The largest difference of logits (B, T, V) where no padding is, relative to their range."""
+    ours, theirs = ours[mask], theirs[mask]                                         # (N, V)
     return ((ours - theirs).abs().max() / (theirs.max() - theirs.min())).item()
 
 
-def padded(shape, where):
-    """Tokens (3, T) of a batch that fills the positions, and which of them are real."""
+def padded(shape, side):
+    """Tokens (3, T) of a batch that fills the positions, and its mask, False at padding."""
     torch.manual_seed(1)
     T = shape["n_positions"]
     ids = torch.randint(shape["vocab_size"], (3, T))                                # (B, T)
-    real = torch.ones(3, T, dtype=torch.bool)                                       # (B, T)
+    mask = torch.ones(3, T, dtype=torch.bool)                                       # (B, T)
     for row, length in enumerate((T, T - 4, 1)):
-        if where == "right":
-            real[row, length:] = False
-        elif where == "left":
-            real[row, :T - length] = False
-    return ids, real
+        if side == "right":
+            mask[row, length:] = False
+        elif side == "left":
+            mask[row, :T - length] = False
+    return ids, mask
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "float64"])
@@ -89,23 +87,23 @@ def test_logits_are_those_of_transformers(tmp_path, shape, dtype):
     theirs = oracle(shape, dtype)
     ours = converted(theirs, tmp_path)
     assert ours.config == GPT2Config(**shape)
-    for where in ("no", "right", "left"):
-        ids, real = padded(shape, where)
-        positions = (real.long().cumsum(1) - 1).clamp(min=0)                        # (B, T)
-        wanted = theirs(ids, attention_mask=real.long(), position_ids=positions).logits
-        worst = difference(ours.head(ours(ids, real=real)), wanted, real)
-        print(f"{where} padding, {dtype}: {worst:.1e}")          # python -m pytest -rP shows it
-        assert worst < LIMIT[dtype], f"{where} padding"
+    for side in ("no", "right", "left"):
+        ids, mask = padded(shape, side)
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)                        # (B, T)
+        wanted = theirs(ids, attention_mask=mask.long(), position_ids=positions).logits
+        worst = difference(ours.head(ours.hidden_states(ids, key_mask=mask)), wanted, mask)
+        print(f"{side} padding, {dtype}: {worst:.1e}")          # python -m pytest -rP shows it
+        assert worst < LIMIT[dtype], f"{side} padding"
 
 
 @pytest.mark.parametrize("form", ["safetensors", "zip", "legacy", "legacy, no root"])
 def test_every_file_that_transformers_ever_wrote_is_read(tmp_path, form):
-    """Catches a format, a root of the names or an old buffer that convert.py does not know."""
+    """Catches a format, a root of the names or an old buffer that we do not know."""
     shape = SHAPES["odd head size"]
     theirs = oracle(shape, torch.float64)
     ours = converted(theirs, tmp_path, form)
-    ids, real = padded(shape, "no")
-    worst = difference(ours.head(ours(ids)), theirs(ids).logits, real)
+    ids, mask = padded(shape, "no")
+    worst = difference(ours.head(ours.hidden_states(ids)), theirs(ids).logits, mask)
     assert worst < LIMIT[torch.float64]
 
 
@@ -118,23 +116,23 @@ def test_a_prefix_is_past_keys_and_values(tmp_path, shape, P):
     theirs = oracle(shape, torch.float64)
     ours = converted(theirs, tmp_path)
     c, worst = ours.config, 0.0
-    for where in ("no", "right", "left"):
+    for side in ("no", "right", "left"):
         for rows in (1, 3):
-            ids, real = padded(shape | {"n_positions": c.n_positions - P}, where)
+            ids, mask = padded(shape | {"n_positions": c.n_positions - P}, side)
             shape_of_prefix = (c.n_layer, 2, rows, c.n_head, P, c.n_embd // c.n_head)
             prefix = torch.randn(shape_of_prefix, dtype=torch.float64)  # (L, 2, 1 or B, H, P, D)
             past = transformers.DynamicCache()
             for layer, (k, v) in enumerate(prefix.expand(-1, -1, 3, -1, -1, -1)):
                 past.update(k.clone(), v.clone(), layer)                # (B, H, P, D) each
-            keys = torch.cat((torch.ones(3, P, dtype=torch.bool), real), 1)         # (B, P+S)
-            positions = P + (real.long().cumsum(1) - 1).clamp(min=0)                # (B, T)
+            keys = torch.cat((torch.ones(3, P, dtype=torch.bool), mask), 1)         # (B, P+S)
+            positions = P + (mask.long().cumsum(1) - 1).clamp(min=0)                # (B, T)
             wanted = theirs(ids, attention_mask=keys.long(), position_ids=positions,
                             past_key_values=past).logits
-            got = ours.head(ours(ids, prefix=prefix, real=keys))
-            worst = max(worst, difference(got, wanted, real))
-            assert worst < LIMIT[torch.float64], (where, rows)
-            without = ours.head(ours(ids, real=real))
-            assert difference(without, wanted, real) > 1e-3, "the prefix changes nothing"
+            got = ours.head(ours.hidden_states(ids, prefix, keys))
+            worst = max(worst, difference(got, wanted, mask))
+            assert worst < LIMIT[torch.float64], (side, rows)
+            without = ours.head(ours.hidden_states(ids, key_mask=mask))
+            assert difference(without, wanted, mask) > 1e-3, "the prefix changes nothing"
     print(f"with a prefix: {worst:.1e}")
 
 
@@ -144,8 +142,8 @@ def test_half_precision_weights_are_the_same_numbers(tmp_path):
     theirs = oracle(shape, torch.bfloat16)
     converted(theirs, tmp_path)
     ours = load(tmp_path / "ours", dtype=torch.float64)
-    ids, real = padded(shape, "no")
-    worst = difference(ours.head(ours(ids)), theirs.double()(ids).logits, real)
+    ids, mask = padded(shape, "no")
+    worst = difference(ours.head(ours.hidden_states(ids)), theirs.double()(ids).logits, mask)
     assert worst < LIMIT[torch.float64]
 
 

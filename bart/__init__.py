@@ -1,0 +1,1 @@
+"""The encoder-decoder of the paper: BART (model.py) and its three prefixes (prefix.py)."""

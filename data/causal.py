@@ -1,0 +1,74 @@
+"""Pairs for a model that reads source and target as one sequence: GPT-2 and its like.
+
+From examples to `Pair`s of tokens, from pairs to a `Batch` of tensors, padded behind; and the
+prompt to decode from. seq2seq.py has the same functions for an encoder-decoder;
+`pairs.pairs_of(model)` says which of the two a model needs. Letters as in model.py.
+"""
+from data.batches import Batch, Pair, label_tensors
+from model import pad
+
+
+def token_limit(model, n_prefix, max_source=None, max_target=None):
+    """How many tokens source and target may have together: prefix and text share the positions."""
+    limit = model.max_positions - n_prefix
+    if limit <= 0:
+        raise ValueError(f"got a prefix of {n_prefix}; expected less than the model's "
+                         f"{model.max_positions} positions; lower --prefix-len")
+    return limit
+
+
+def cut_source(ids, excess):
+    """`ids` without the last `excess` tokens of its source; None where nothing would be left."""
+    if excess <= 0:
+        return ids
+    return ids[:-1 - excess] + ids[-1:] if excess <= len(ids) - 2 else None
+
+
+def encode(examples, tokenizer, limit):
+    """Every (source, reference) of `examples` as a Pair of at most `limit` tokens, and a note.
+
+    The rule for a pair that is too long: the source loses its last tokens; where not one of them
+    would be left, or the target alone is too long, the pair is refused. Returns (pairs, note); the
+    note says how many were cut and refused, and is empty when none was. Raises ValueError when no
+    pair is left.
+    """
+    pairs, cut, refused = [], 0, 0
+    for example in examples:
+        source = tokenizer.source_ids(example.source)
+        for text in example.targets:
+            target = tokenizer.target_ids(text)
+            excess = len(source) + len(target) - limit
+            prompt = cut_source(source, excess)
+            if prompt is None:
+                refused += 1
+                continue
+            cut += excess > 0
+            pairs.append(Pair(prompt + target, len(prompt)))
+    if not pairs:
+        raise ValueError(f"got {refused} pairs, every one with a target too long for {limit} "
+                         "tokens; expected one that fits; shorten the targets or the prefix")
+    if not cut and not refused:
+        return pairs, ""
+    return pairs, (f"{cut} of {len(pairs) + refused} pairs had the end of their source cut to fit "
+                   f"{limit} tokens, {refused} were refused (no room for the target)")
+
+
+def collate(pairs, model):
+    """A `Batch` with a row for each pair: ids (B, T), padded behind.
+
+    The last token of a row is only predicted, so the model need not read it. Padding stands behind
+    every real token, where the causal mask hides it already.
+    """
+    ids, _ = pad([pair.ids[:-1] for pair in pairs])                             # (B, T)
+    return Batch({"ids": ids}, *label_tensors(pairs, ids.size(1)))
+
+
+def prompt(tokenizer, source, limit):
+    """(tokens of the source to decode from, how many were cut to leave it `limit`)."""
+    ids = tokenizer.source_ids(source)
+    return cut_source(ids, len(ids) - limit), max(0, len(ids) - limit)
+
+
+def prompt_limit(model, n_prefix, max_new_tokens, max_source=None):
+    """How many tokens a source may have, to leave positions for prefix and answer."""
+    return model.max_positions - n_prefix - max_new_tokens

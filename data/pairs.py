@@ -1,0 +1,61 @@
+"""Which kind of pairs a model learns from: causal.py or seq2seq.py, chosen here.
+
+Both modules have the same functions: `token_limit`, `encode`, `collate`, `prompt_limit` and
+`prompt`.
+"""
+import dataclasses
+import random
+
+from data import causal, seq2seq, tasks
+
+
+def pairs_of(model):
+    """The module that makes pairs and batches for `model`."""
+    return seq2seq if model.is_encoder_decoder else causal
+
+
+def dev_batches(pairs, batch_size, model):
+    """All pairs as Batches, similar lengths together: their order does not matter to a dev loss."""
+    pairs, collate = sorted(pairs, key=lambda pair: len(pair.ids)), pairs_of(model).collate
+    return [collate(pairs[i:i + batch_size], model) for i in range(0, len(pairs), batch_size)]
+
+
+def load_examples(settings):
+    """(train, dev): the Examples to learn from and those of the dev set, by train.py's settings."""
+    train, dev = (tasks.load(settings.data, split, settings.data_dir or None)
+                  for split in ("train", "dev"))
+    if settings.examples > len(train):
+        raise ValueError(f"got --examples {settings.examples}; expected at most {len(train)}, the "
+                         f"sources of {settings.data}")
+    if settings.examples:
+        train = random.Random(settings.seed).sample(train, settings.examples)
+    return train, dev
+
+
+def settings_for(model, settings):
+    """train.py's settings with what only an encoder-decoder has filled in, or refused."""
+    s = settings
+    if model.is_encoder_decoder:
+        return dataclasses.replace(s, max_source=s.max_source or seq2seq.MAX_SOURCE,
+                                   max_target=s.max_target or seq2seq.MAX_TARGET)
+    if s.prefixes or s.max_source or s.max_target:
+        raise ValueError(f"got --prefixes, --max-source or --max-target with a {model.architecture}"
+                         "; expected a BART: another model has one place for a prefix and reads "
+                         "all that fits its positions; leave it out")
+    return s
+
+
+def encode_examples(train, dev, settings, model, tokenizer):
+    """(train, dev) as Pairs of tokens that fit the model, of dev the sample that is evaluated."""
+    kind, pairs = pairs_of(model), []
+    limit = kind.token_limit(model, settings.prefix_len or 0, settings.max_source,
+                             settings.max_target)
+    for split, examples in (("train", train), ("dev", dev)):
+        encoded, note = kind.encode(examples, tokenizer, limit)
+        pairs.append(encoded)
+        if note:
+            print(f"{split}: {note}")
+    if 0 < settings.dev_pairs < len(pairs[1]):
+        # Not the first ones: files are sorted by name. Not by --seed: runs are to be comparable.
+        pairs[1] = random.Random(0).sample(pairs[1], settings.dev_pairs)
+    return pairs

@@ -1,0 +1,1 @@
+"""The invented world of the bundled models: words, pre-training text, tables and headlines."""

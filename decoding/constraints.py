@@ -1,0 +1,45 @@
+"""Which tokens may come next, whatever the model predicts. Letters as in model.py."""
+import dataclasses
+
+
+def ngram_continuations(tokens, n):
+    """The tokens that once followed what are now the last n - 1 of `tokens`."""
+    end = tokens[len(tokens) - n + 1:]
+    return {tokens[i + n - 1] for i in range(len(tokens) - n + 1) if tokens[i:i + n - 1] == end}
+
+
+@dataclasses.dataclass(frozen=True)
+class Constraints:
+    """Names as in transformers' generation config."""
+    eos_token_id: int               # the token that ends a text
+    max_new_tokens: int = 100       # tokens at most, the end included
+    min_new_tokens: int = 0         # tokens before the end is allowed
+    banned_tokens: tuple = ()       # tokens that are never generated
+    no_repeat_ngram_size: int = 0   # no n tokens follow each other twice, prompt included; 0: may
+    forced_bos_token_id: int | None = None      # the token that every text begins with
+    forced_eos_token_id: int | None = None      # that a text of max_new_tokens tokens ends with
+
+    def forced_token(self, step):
+        """The token that number `step` of a text has to be, or None where there is a choice."""
+        if step == self.max_new_tokens - 1 and self.forced_eos_token_id is not None:
+            return self.forced_eos_token_id
+        return self.forced_bos_token_id if step == 0 else None
+
+    def apply(self, scores, step, sequences):
+        """Set to -inf, in place, what may not be the token number `step` of each row.
+
+        scores: (rows, V), logits or log-probabilities. sequences: for each row the list of all
+        tokens that the decoder has read, prompt and own; used for `no_repeat_ngram_size` only.
+        """
+        forced = self.forced_token(step)
+        if forced is not None:
+            # It was no choice, so it must not count when texts compete: 0, whatever the model says.
+            scores.fill_(float("-inf"))[:, forced] = 0
+            return
+        scores[:, list(self.banned_tokens)] = float("-inf")
+        if step < self.min_new_tokens:
+            scores[:, self.eos_token_id] = float("-inf")
+        if self.no_repeat_ngram_size:
+            for row, tokens in enumerate(sequences):
+                repeats = ngram_continuations(tokens, self.no_repeat_ngram_size)
+                scores[row, list(repeats)] = float("-inf")

@@ -1,0 +1,1 @@
+"""Models, prefixes and runs on the disk: other people's formats, and ours."""

@@ -1,0 +1,72 @@
+"""The models by the name that config.json gives them: the one place that knows them all.
+
+For each: its config, its class, the class of its prefix, and how a Hugging Face checkpoint of it
+differs from our state dict. A model is imported when it is needed: a run of GPT-2 never loads
+bart/. Another model is another function and another line in ARCHITECTURES.
+"""
+import typing
+
+from model import GPT2, GPT2Config
+from prefix import Prefix
+
+
+class Architecture(typing.NamedTuple):
+    config: type                    # of a dataclass
+    model: type
+    prefix: type
+    # Of a Hugging Face checkpoint, by the ends of its names:
+    root: str                       # what may stand in front of every name
+    transposed: tuple               # weights that are (in, out) there; nn.Linear has (out, in)
+    ignored: tuple                  # buffers that are no weights
+    tied: dict                      # a second name of a tensor -> its name here
+    zero: tuple                     # what a checkpoint may leave out: it is 0 then
+    # Options of config.json that change the function: another value than this is refused. A missing
+    # one has this value. (n_inner is not here: the shapes tell.)
+    fixed_options: dict
+    vocabularies: tuple             # files that number the tokens, one is enough; (): as GPT-2's
+
+
+def gpt2():
+    return Architecture(
+        GPT2Config, GPT2, Prefix, "transformer.",
+        ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"),
+        ("attn.bias", "attn.masked_bias"), {"lm_head.weight": "wte.weight"}, (),
+        {"activation_function": "gelu_new", "scale_attn_weights": True,
+         "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}, ())
+
+
+def bart():
+    from bart.model import BART, BARTConfig
+    from bart.prefix import BARTPrefix
+    tied = dict.fromkeys(("encoder.embed_tokens.weight", "decoder.embed_tokens.weight",
+                          "lm_head.weight"), "shared.weight")
+    return Architecture(
+        BARTConfig, BART, BARTPrefix, "model.", (), ("encoder.version", "decoder.version"), tied,
+        ("final_logits_bias",),
+        {"activation_function": "gelu", "scale_embedding": False, "normalize_before": False,
+         "add_final_layer_norm": False, "normalize_embedding": True, "add_bias_logits": False,
+         "static_position_embeddings": False, "extra_pos_embeddings": 2,
+         "is_encoder_decoder": True, "tie_word_embeddings": True}, ("vocab.json", "dict.txt"))
+
+
+ARCHITECTURES = {"gpt2": gpt2, "bart": bart}
+
+
+def architecture(name):
+    """The `Architecture` of that name. Raises ValueError for one that is not here."""
+    if name not in ARCHITECTURES:
+        raise ValueError(f"got model_type {name!r}; expected one of {', '.join(ARCHITECTURES)}; "
+                         "choose a checkpoint of these")
+    try:
+        return ARCHITECTURES[name]()
+    except ImportError as error:            # its folder was deleted
+        raise ValueError(f"got model_type {name!r}, but there is no {error.name} here; expected "
+                         "the folder of that model; restore it") from error
+
+
+def new_prefix(model, length, mid_dim=512, init="random", places=""):
+    """A fresh prefix for `model`: see `Prefix`. places: where an encoder-decoder has prefixes."""
+    cls = architecture(model.architecture).prefix
+    if places:
+        return cls.for_model(model, length, mid_dim, init, places)
+    return cls.for_model(model, length, mid_dim, init)

@@ -1,0 +1,67 @@
+"""Hugging Face checkpoints, by name or from disk -> weights/NAME; prefixes to and from PEFT.
+
+    python -m pretrained.convert gpt2-medium                    downloads, checks, converts
+    python -m pretrained.convert DIRECTORY --out weights/NAME   from config.json and its weights
+    python -m pretrained.convert --run out/NAME --to-peft DIR   a prefix, for the package peft
+    python -m pretrained.convert --from-peft DIR --model gpt2 --out out/NAME      and one of peft's
+
+The prefix belongs to one frozen language model (Li & Liang 2021, section 4.2); this brings that
+model in. Only the command line: hugging_face.py, hub.py and peft_adapter.py do the work.
+"""
+import dataclasses
+from pathlib import Path
+
+from pretrained.hub import NAMES, fetch
+from pretrained.hugging_face import convert
+from pretrained.load import WEIGHTS
+from pretrained.peft_adapter import read_peft, write_peft
+from utils.cli import flag, parse, run_program
+
+
+@dataclasses.dataclass
+class Settings:
+    source: str = flag("", f"one of {', '.join(NAMES)}, or a directory with config.json and "
+                           "model.safetensors or pytorch_model.bin")
+    out: str = flag("", "the directory to write; empty: weights/ and the name of the source")
+    run: str = flag("", "with --to-peft: the run of train.py whose prefix is wanted")
+    to_peft: str = flag("", "write the prefix of --run to this directory, for the package peft")
+    from_peft: str = flag("", "make a run, --out, of the prefix in this directory of peft's")
+    model: str = flag("", "with --from-peft: its frozen model; left out: as peft's file names it")
+
+
+def convert_prefix(settings):
+    """A prefix to peft's format, or from it."""
+    if settings.to_peft:
+        if not settings.run or settings.from_peft or settings.source:
+            raise ValueError("got --to-peft; expected --run out/NAME beside it, and nothing else; "
+                             "`python -m pretrained.convert --run out/NAME --to-peft DIR`")
+        write_peft(settings.run, settings.to_peft)
+        print(f"wrote {settings.to_peft}/adapter_config.json and adapter_model.safetensors; read "
+              f"them with PeftModel.from_pretrained(model, {settings.to_peft!r})")
+        return
+    if not settings.out or settings.run or settings.source:
+        raise ValueError("got --from-peft; expected --out out/NAME beside it, and --model; `python "
+                         "-m pretrained.convert --from-peft DIR --model gpt2 --out out/NAME`")
+    read_peft(settings.from_peft, settings.out, settings.model)
+    print(f"wrote {settings.out}; decode with: python sample.py --run {settings.out}\n"
+          f"train on with: python train.py --start-from {settings.out} --data ...")
+
+
+def main(argv=None):
+    settings = parse(Settings, argv, "Hugging Face files -> weights/NAME", positional="source")
+    if settings.to_peft or settings.from_peft:
+        convert_prefix(settings)
+        return
+    out = Path(settings.out or WEIGHTS / Path(settings.source).resolve().name)
+    if settings.source and Path(settings.source).is_dir():
+        convert(settings.source, out)
+    elif settings.source in NAMES:
+        fetch(settings.source, out)
+    else:
+        raise ValueError(f"got {settings.source!r}; expected a directory or one of "
+                         f"{', '.join(NAMES)}; `python -m pretrained.convert --help` has more")
+    print(f"wrote {out}/config.json and {out}/model.pt")
+
+
+if __name__ == "__main__":
+    run_program(main)

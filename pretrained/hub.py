@@ -1,0 +1,98 @@
+"""Models by name: where they are published, downloaded once, checked, converted.
+
+Not here: what a checkpoint holds (hugging_face.py).
+"""
+import importlib.util
+import re
+import shutil
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from pretrained.hugging_face import convert
+from utils.files import download
+
+HUB = "https://huggingface.co"
+# Where each name lives: repository and commit. A commit, not "main", so that everybody gets the
+# same numbers for ever.
+NAMES = {
+    "gpt2": ("openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e"),
+    "gpt2-medium": ("openai-community/gpt2-medium", "6dcaa7a952f72f9298047fd5137cd6e4f05f41da"),
+    "gpt2-large": ("openai-community/gpt2-large", "32b71b12589c2f8d625668d2335a01cac3249519"),
+    "gpt2-xl": ("openai-community/gpt2-xl", "15ea56dee5df4983c59b2538573817e1667135e2"),
+    "distilgpt2": ("distilbert/distilgpt2", "2290a62682d06624634c1f46a6ad5be0f47f38aa"),
+    "bart-base": ("facebook/bart-base", "aadd2ab0ae0c8268c7c9693540e9904811f36177"),
+    "bart-large": ("facebook/bart-large", "cb48c1365bd826bd521f650dc2e0940aee54720c"),
+}
+VOCABULARY = ("bart-base", "bart-large")       # whose tokens have other numbers than GPT-2's
+# SHA-256 sums that several publications agree on. For the other files the hub's own is asked for.
+SHA256 = {
+    ("gpt2", "model.safetensors"):
+        "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
+    ("gpt2", "pytorch_model.bin"):
+        "7c5d3f4b8b76583b422fcb9189ad6c89d5d97a094541ce8932dce3ecabde1421",
+    ("gpt2-xl", "model.safetensors"):
+        "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a",
+    ("distilgpt2", "model.safetensors"):
+        "e1ff18884359fe8beb795a5f414feb85a6ce3d929ad019c0d958c039d2b94a1b",
+}
+
+
+def _declared(headers):
+    """The SHA-256 in the headers of a reply, or None; a shorter tag is not one."""
+    tag = (headers.get("X-Linked-ETag") or "").strip('"')
+    return tag if re.fullmatch("[0-9a-f]{64}", tag) else None
+
+
+class _StopAtSum(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, request, reply, code, message, headers, url):
+        # None: do not follow. urllib then raises this very reply as an HTTPError.
+        return (None if _declared(headers) else
+                super().redirect_request(request, reply, code, message, headers, url))
+
+
+def declared_sha256(url):
+    """The SHA-256 that the server states for the file at `url`, or None where it states none.
+
+    Hugging Face states it in its own first reply, which sends us on to a storage host. That host
+    does not repeat it, so following the redirection, as urllib does by itself, would lose it.
+    """
+    try:
+        request = urllib.request.Request(url, method="HEAD")
+        with urllib.request.build_opener(_StopAtSum).open(request, timeout=60) as reply:
+            return _declared(reply.headers)
+    except urllib.error.HTTPError as reply:
+        if reply.code < 400:
+            return _declared(reply.headers)
+        raise OSError(f"could not ask {url} for its checksum: {reply}; try again later") from reply
+    except urllib.error.URLError as error:
+        raise OSError(f"could not reach {url}: {error.reason}; check the connection, or download "
+                      "the files elsewhere and convert their directory") from error
+
+
+def fetch(name, out_directory, hub=HUB):
+    """Download the model `name`, check it, convert it into `out_directory`.
+
+    The downloads lie in OUT/hf until the conversion is done, so that what is whole need not be
+    fetched again, and are then removed: they are as large as the result.
+    """
+    if name not in NAMES:
+        raise ValueError(f"got the name {name!r}; expected one of {', '.join(NAMES)}; download "
+                         "another one yourself and convert its directory")
+    (repository, commit), source = NAMES[name], Path(out_directory) / "hf"
+    has_safetensors = importlib.util.find_spec("safetensors") is not None
+    weights = "model.safetensors" if has_safetensors else "pytorch_model.bin"
+    vocabulary = ("vocab.json",) if name in VOCABULARY else ()
+    for file in ("config.json", *vocabulary, weights):
+        if (source / file).exists():
+            print(f"{source / file} is there already", file=sys.stderr)
+            continue
+        url = f"{hub}/{repository}/resolve/{commit}/{file}"
+        sha256 = SHA256.get((name, file)) or declared_sha256(url)
+        if sha256 is None and file == weights:
+            raise ValueError(f"got no SHA-256 for {url}; expected the server to state one; "
+                             f"download it by other means and put it at {source / file}")
+        download(url, source / file, sha256)
+    convert(source, out_directory)
+    shutil.rmtree(source)

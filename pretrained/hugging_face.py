@@ -1,0 +1,234 @@
+"""Hugging Face checkpoints on disk -> our models, in weights/NAME.
+
+A file from elsewhere is not trusted: tensors are read and code is refused, and every name and every
+shape must be what the model here expects, for a checkpoint that nearly fits would generate nonsense
+without an error. Not here: the tables of the names (architectures.py), downloads (hub.py), the
+tokenizer, but for the file that numbers BART's tokens, which is copied.
+"""
+import dataclasses
+import importlib.util
+import json
+import pickle
+import re
+import warnings
+from pathlib import Path
+
+import torch
+
+from pretrained.architectures import architecture
+from pretrained.checkpoint import save
+from utils.files import atomic_write
+
+# What config.json or the newer generation_config.json has on decoding: saved, to decode alike.
+GENERATION = ("forced_bos_token_id", "forced_eos_token_id", "num_beams", "length_penalty",
+              "min_length", "max_length", "no_repeat_ngram_size", "early_stopping", "bos_token_id",
+              "eos_token_id", "pad_token_id", "decoder_start_token_id")
+# What git leaves in the place of a large file where git-lfs is not installed.
+LFS_POINTER = b"version https://git-lfs"
+
+
+def read_object(path):
+    """The JSON object in a file."""
+    try:
+        return dict(json.loads(path.read_text("utf-8")).items())
+    except (ValueError, AttributeError) as error:       # not JSON; JSON, but not an object
+        raise ValueError(f"got {path}, which is damaged ({error}); expected a JSON object; delete "
+                         "it and download it again") from error
+
+
+def read_generation_config(directory):
+    """How the makers decode, by config.json or, where there is one, generation_config.json."""
+    newer = Path(directory) / "generation_config.json"
+    both = read_object(Path(directory) / "config.json")
+    both |= read_object(newer) if newer.exists() else {}
+    return {name: both[name] for name in GENERATION if both.get(name) is not None}
+
+
+def read_config(path):
+    """(our config, its `Architecture`) of a Hugging Face config.json."""
+    if not path.exists():
+        raise ValueError(f"got {path.parent}, which has no config.json; expected it beside the "
+                         "weights; download it from the model's page")
+    theirs = read_object(path)
+    try:
+        classes = architecture(theirs.get("model_type"))
+    except ValueError as error:
+        what = str(error).removeprefix("got ")
+        raise ValueError(f"got {path} with {what}") from error
+    for option, value in classes.fixed_options.items():
+        if theirs.get(option, value) != value:
+            raise ValueError(f"got {path} with {option} = {theirs[option]!r}; expected {value!r}, "
+                             "the model here can do no other; choose another checkpoint")
+    ours = {}
+    for field in dataclasses.fields(classes.config):
+        ours[field.name] = theirs.get(field.name)
+        if not isinstance(ours[field.name], field.type) or ours[field.name] <= 0:
+            raise ValueError(f"got {path} with {field.name} = {ours[field.name]!r}; expected a "
+                             f"positive {field.type.__name__}; correct it or download it again")
+    return classes.config(**ours), classes
+
+
+def weight_files(directory):
+    """The files that hold the weights: one, or the several of a checkpoint cut into shards."""
+    names = ["model.safetensors", "pytorch_model.bin"]
+    if importlib.util.find_spec("safetensors") is None:
+        there = [*directory.glob("model.safetensors*")]
+        names.remove("model.safetensors")
+        if there and not [*directory.glob("pytorch_model.bin*")]:
+            raise ValueError(f"got {there[0]}; expected the package safetensors, which reads it; "
+                             "`pip install safetensors`, or put pytorch_model.bin there")
+    for name in names:
+        index = directory / f"{name}.index.json"
+        if (directory / name).exists():
+            return [directory / name]
+        if index.exists():
+            try:
+                shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"got {index}, which is damaged ({error!r}); expected a "
+                                 "weight_map; delete it and download it again") from error
+            return [directory / shard for shard in shards]
+    raise ValueError(f"got {directory}, which has no weights; expected model.safetensors or "
+                     "pytorch_model.bin; download one of them from the model's page")
+
+
+def read_file(path):
+    """The tensors in one file, by their names. Whatever else a pickle holds is refused, not run."""
+    if not path.exists():
+        raise ValueError(f"got {path.parent} without {path.name}; expected every file that its "
+                         "index.json names; download it too")
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"got {path}, which only points to the weights; expected the weights "
+                             "themselves; run `git lfs pull` there")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")         # of odd bytes; the error has what matters
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # Not torch's message: it recommends weights_only=False, which would run the code.
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(f"got {path}, which is no plain file of tensors ("
+                         + (f"it calls {code[1]}, which was not run" if code else "unknown bytes")
+                         + "); expected tensors only; delete it and take the model's "
+                         "model.safetensors instead") from error
+    except Exception as error:      # a damaged file can fail in any way, as an OSError too
+        raise ValueError(f"got {path}, which is damaged or cut short ({type(error).__name__}: "
+                         f"{str(error)[:80]}); expected a whole file; delete it and fetch it again"
+                         ) from error
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise ValueError(f"got {path}, which holds other things than tensors with names; expected "
+                         "a state dict; save it with torch.save(model.state_dict(), ...)")
+    return state
+
+
+def ends_with(name, ends):
+    """Whether `name` ends with one of `ends`, whole words only: "attn.bias" is the end of
+    "h.0.attn.bias", but not of "h.0.c_attn.bias".
+    """
+    return any(f".{name}".endswith(f".{end}") for end in ends)
+
+
+def rename(theirs, model, classes, source):
+    """The state dict of `model` made of a Hugging Face one, which is emptied on the way: otherwise
+    a large model would be in memory twice. classes: its `Architecture`.
+    """
+    ours = {}
+    for name in list(theirs):
+        tensor, short = theirs.pop(name), name.removeprefix(classes.root)
+        if ends_with(short, classes.ignored):
+            continue
+        if short in ours:
+            raise ValueError(f"got {source} with {short} twice, once behind {classes.root!r}; "
+                             "expected it once; save it again")
+        if ends_with(short, classes.transposed) and tensor.dim() == 2:
+            tensor = tensor.t().contiguous()
+        ours[short] = tensor
+    for name, twin in classes.tied.items():
+        copy = ours.pop(name, None)
+        if copy is None:
+            continue
+        ours.setdefault(twin, copy)             # a file may have the one tensor under any name
+        if copy.dtype != ours[twin].dtype or not torch.equal(copy, ours[twin]):
+            raise ValueError(f"got {source} where {name} differs from {twin}; expected one tensor "
+                             "for both, as in the paper's models; choose another checkpoint")
+    for name in classes.zero:
+        like = next((t for t in ours.values() if t.is_floating_point()), torch.zeros(()))
+        ours.setdefault(name, like.new_zeros(model.state_dict()[name].shape))
+    return ours
+
+
+def check_names(ours, model, source):
+    """Raise ValueError unless names, shapes and kinds of numbers are exactly those of `model`."""
+    wanted = model.state_dict()
+    for what, names in (("without", wanted.keys() - ours.keys()),
+                        ("with the unknown", ours.keys() - wanted.keys())):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"got {source} {what} {', '.join(sorted(names)[:3])}{more}; expected "
+                             f"the names of {type(model).__name__} with its config.json; choose a "
+                             "plain language model, or download both files again")
+    for name, tensor in ours.items():
+        if tensor.shape != wanted[name].shape or not tensor.is_floating_point():
+            raise ValueError(f"got {source} with {name} of shape {tuple(tensor.shape)}, "
+                             f"{tensor.dtype}; expected {tuple(wanted[name].shape)} (Conv1D "
+                             "weights transposed), floating point; download config.json and "
+                             "weights of one and the same model")
+
+
+def read_checkpoint(directory):
+    """(model without numbers, state dict in our names) of the Hugging Face files in `directory`.
+
+    The model takes no memory: it has the shapes, and is a frame for the state dict, whose numbers
+    stay in their dtype. Raises ValueError for anything that is not exactly a model that can be
+    computed here.
+    """
+    directory, theirs = Path(directory), {}
+    config, classes = read_config(directory / "config.json")
+    with torch.device("meta"):
+        model = classes.model(config)
+    for path in weight_files(directory):
+        theirs |= read_file(path)
+    ours = rename(theirs, model, classes, directory)
+    check_names(ours, model, directory)
+    model.generation_config = read_generation_config(directory)
+    return model, ours
+
+
+def find_vocabulary(directory, classes):
+    """The file that numbers the tokens of this architecture, or None where they are GPT-2's."""
+    if classes.vocabularies:
+        found = [path for path in map(directory.joinpath, classes.vocabularies) if path.exists()]
+        if not found:
+            raise ValueError(f"got {directory} without its vocabulary; expected "
+                             f"{' or '.join(classes.vocabularies)}, for its tokens have other "
+                             "numbers than GPT-2's; download one from the model's page")
+        return found[0]
+    if (directory / "vocab.json").exists():
+        tokens = read_object(directory / "vocab.json")
+        if (tokens.get("\u0120the"), tokens.get("<|endoftext|>")) != (262, 50256):
+            raise ValueError(f"got {directory}, a GPT-2 with a vocabulary of its own; expected "
+                             "GPT-2's, the only one that it would be read with; choose another "
+                             "model")
+    return None
+
+
+def convert(source_directory, out_directory):
+    """Read the Hugging Face checkpoint in one directory, write what `load` reads to another.
+
+    Raises ValueError, and writes nothing, where it is no model that can be computed here.
+    """
+    source, out = Path(source_directory), Path(out_directory)
+    if source.resolve() == out.resolve():
+        raise ValueError(f"got {out} to read and to write; expected two directories, for both have "
+                         "a config.json; choose another one with --out")
+    model, state = read_checkpoint(source)
+    vocabulary = find_vocabulary(source, architecture(model.architecture))
+    model.load_state_dict(state, assign=True)
+    if vocabulary:
+        with atomic_write(out / vocabulary.name) as file:
+            file.write(vocabulary.read_bytes())
+    save(model, out)

@@ -1,0 +1,83 @@
+"""From words on a command line to what they mean: a device, a dtype, a model and its tokenizer.
+
+Models lie in weights/NAME, or anywhere; one that is known by name and not there yet is downloaded.
+Not here: the formats of the files (checkpoint.py, data/tokenizer.py), runs (run_directory.py).
+"""
+import difflib
+import sys
+from pathlib import Path
+
+import torch
+
+from data.tokenizer import OWN_FILES, load_tokenizer
+from pretrained.checkpoint import load
+from pretrained.hub import NAMES, fetch
+
+WEIGHTS = Path(__file__).parent.parent / "weights"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+def decide_device(device, dtype):
+    """(torch device, torch dtype) by --device and --dtype; prints both, and why, on stderr.
+
+    Raises ValueError for a device that PyTorch cannot use here.
+    """
+    cuda = torch.cuda.is_available()
+    why = ("asked for" if device != "auto" else "there is one" if cuda else "no CUDA device here")
+    name = ("cuda" if cuda else "cpu") if device == "auto" else device
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"got --device {name}, which PyTorch cannot use here (it sees "
+                         f"{torch.cuda.device_count()} CUDA devices); use --device cpu") from error
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    because = "asked for" if dtype != "auto" else "fast here" if fast else "no fast bf16 known here"
+    dtype = ("bf16" if fast else "fp32") if dtype == "auto" else dtype
+    print(f"device {device} ({why}), weights in {dtype} ({because})", file=sys.stderr)
+    return device, DTYPES[dtype]
+
+
+def name_of_dtype(dtype):
+    """The word of --dtype for a torch dtype."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def find_model(name):
+    """The directory of the model `name`: a path, or weights/NAME, downloaded if it can be.
+
+    Raises ValueError for a name that is not known.
+    """
+    if Path(name).is_dir():
+        if not (Path(name) / "model.pt").exists() and (Path(name) / "config.json").exists():
+            raise ValueError(f"got {name}, which has no model.pt; expected a converted directory; "
+                             f"run `python -m pretrained.convert {name} --out weights/NAME` first")
+        return Path(name)
+    if (WEIGHTS / name / "config.json").exists():
+        return WEIGHTS / name
+    if name in NAMES:
+        fetch(name, WEIGHTS / name)
+        return WEIGHTS / name
+    known = sorted({*NAMES, *(p.parent.name for p in WEIGHTS.glob("*/config.json"))})
+    near = difflib.get_close_matches(name, known, 1)
+    raise ValueError(f"got the model {name!r}; expected a directory or one of {', '.join(known)}"
+                     + (f"; did you mean {near[0]}?" if near else
+                        "; `python -m pretrained.convert` makes new ones"))
+
+
+def load_model(name, device, dtype, weights=None):
+    """The frozen model called `name` and its tokenizer, on the device asked for.
+
+    weights: another directory for the numbers, of a fine-tuned model; the tokenizer stays. Raises
+    ValueError where the two do not fit each other.
+    """
+    directory = find_model(name)
+    model = load(weights or directory, *decide_device(device, dtype))
+    tokenizer = load_tokenizer(directory)
+    if (tokenizer.max_id >= model.config.vocab_size
+            or tokenizer.is_encoder_decoder != model.is_encoder_decoder):
+        raise ValueError(f"got {directory}, whose vocabulary is not that of its model, of "
+                         f"{model.config.vocab_size} tokens; expected {', '.join(OWN_FILES)} as "
+                         "they stood beside the model that it was made of; copy what was there, "
+                         "delete what was not")
+    return model, tokenizer

@@ -1,0 +1,129 @@
+"""A prefix as the package peft stores it: a directory with adapter_config.json and its weights.
+
+For GPT-2 it is the very same numbers: one tensor `prompt_embeddings` (P, 2LC), whose column is
+((2 * layer + {K: 0, V: 1}) * H + head) * D + i. peft stores it folded, with projection (its word
+for the MLP) or without. A BART's prefixes have no such form: peft has none for the encoder and for
+the cross attention, and lets layers of the decoder share their keys and values.
+Not here: peft itself, which is not needed. Letters as in model.py.
+"""
+import json
+from pathlib import Path
+
+import torch
+
+from prefix import flatten, unflatten
+from pretrained.checkpoint import UNREADABLE, describe
+from pretrained.hub import NAMES
+from pretrained.load import load_model
+from pretrained.run_directory import load_run, run_settings, save_prefix
+from utils.files import atomic_write
+
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def check_one_prefix(model, name):
+    """Raise ValueError for a model whose prefixes peft's format cannot hold."""
+    if model.is_encoder_decoder:
+        raise ValueError(f"got {name}, a {model.architecture}; expected a GPT-2: peft's format has "
+                         "no place for prefixes of the encoder and of the cross attention, and its "
+                         "decoder layers share theirs; keep it as prefix.pt")
+
+
+def safetensors():
+    """The module that reads and writes peft's files; ValueError where it is not installed."""
+    try:
+        import safetensors.torch
+        return safetensors.torch
+    except ImportError as error:
+        raise ValueError("got no package safetensors, which peft's files are written with; `pip "
+                         "install safetensors`") from error
+
+
+def write_peft(run, out):
+    """Write the prefix of the run in directory `run` to the directory `out`, for peft to read."""
+    if not (Path(run) / "prefix.pt").exists():
+        raise ValueError(f"got {run}, which has no prefix.pt; expected a run of train.py that "
+                         "learned a prefix; choose another")
+    if Path(out).exists() and any(Path(out).iterdir()):
+        raise ValueError(f"got --to-peft {out}, which is not empty; expected a new directory")
+    model, _, prefix = load_run(run, "cpu", "fp32")
+    check_one_prefix(model, run)
+    L, _, _, H, P, D = prefix.shape
+    flat = flatten(prefix).contiguous()                                         # (P, 2LC)
+    name = run_settings(run)["model"]
+    about = {"peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": P,
+             "token_dim": H * D, "num_layers": L, "num_attention_heads": H,
+             "num_transformer_submodules": 1, "prefix_projection": False,
+             "encoder_hidden_size": H * D, "inference_mode": True,
+             "base_model_name_or_path": NAMES[name][0] if name in NAMES else name}
+    with atomic_write(Path(out) / WEIGHTS[0]) as file:
+        file.write(safetensors().save({"prompt_embeddings": flat}, metadata={"format": "pt"}))
+    with atomic_write(Path(out) / "adapter_config.json", "w") as file:
+        json.dump(about, file, indent=1)
+
+
+def read_config(directory):
+    """peft's adapter_config.json. Raises ValueError unless it is of a prefix that fits here."""
+    path = Path(directory) / "adapter_config.json"
+    try:
+        about = json.loads(path.read_text("utf-8"))
+        kind, task = about["peft_type"], about["task_type"]
+    except UNREADABLE as error:
+        raise ValueError(f"got {directory}, which is no adapter of peft ({describe(error)}); "
+                         "expected adapter_config.json and adapter_model.safetensors; give the "
+                         "directory that save_pretrained wrote") from error
+    if kind != "PREFIX_TUNING":
+        raise ValueError(f"got {directory}, an adapter of the kind {kind}; expected PREFIX_TUNING; "
+                         "no other of peft's methods is a prefix of every layer")
+    if task != "CAUSAL_LM" or about.get("num_transformer_submodules") not in (None, 1):
+        raise ValueError(f"got {directory}, a prefix for the task {task}; expected CAUSAL_LM: "
+                         "peft's prefix of an encoder-decoder is another method (no prefix of the "
+                         "encoder and of the cross attention, layers that share theirs); train "
+                         "one here")
+    return about
+
+
+def read_weights(directory):
+    """The tensor `prompt_embeddings` (P, 2LC) of peft's directory; ValueError if it has none."""
+    path = next((p for p in map(Path(directory).joinpath, WEIGHTS) if p.exists()), None)
+    if path is None:
+        raise ValueError(f"got {directory} without {' or '.join(WEIGHTS)}; expected one of them; "
+                         "give the directory that save_pretrained wrote")
+    try:
+        state = (safetensors().load_file(path) if path.suffix == ".safetensors" else
+                 torch.load(path, map_location="cpu", weights_only=True))
+        flat = state["prompt_embeddings"]
+        if flat.dim() != 2 or not flat.is_floating_point():
+            raise ValueError(f"prompt_embeddings is {flat.dtype} of shape {tuple(flat.shape)}")
+    except UNREADABLE as error:
+        raise ValueError(f"got {path}, which is no prefix of peft ({describe(error)}); expected a "
+                         "tensor prompt_embeddings (P, 2LC); save it again with peft") from error
+    return flat
+
+
+def read_peft(directory, out, model_name=""):
+    """Make a run in the directory `out` of peft's `directory`, for the frozen model `model_name`;
+    empty: the one that peft's file names.
+
+    sample.py decodes with the run, and `train.py --start-from` goes on from it.
+    """
+    if Path(out).exists():
+        raise ValueError(f"got --out {out}, which exists; expected a new directory")
+    about, flat = read_config(directory), read_weights(directory)
+    theirs = about.get("base_model_name_or_path") or ""
+    ours = {repository: name for name, (repository, _) in NAMES.items()}
+    name = model_name or ours.get(theirs, theirs)
+    model, _ = load_model(name, "cpu", "fp32")
+    check_one_prefix(model, name)
+    empty = model.empty_prefix()                                            # (L, 2, 1, H, 0, D)
+    L, _, _, H, _, D = empty.shape
+    if flat.size(1) != 2 * L * H * D or about.get("num_attention_heads") not in (None, H):
+        raise ValueError(f"got {directory} for {about.get('num_layers')} layers of width "
+                         f"{about.get('token_dim')} with {about.get('num_attention_heads')} heads; "
+                         f"expected {L}, {H * D} and {H}, as {name} has; choose its model with "
+                         "--model")
+    save_prefix(Path(out) / "prefix.pt", unflatten(flat, empty.shape).contiguous(), model)
+    settings = {"model": str(name), "data": "", "data_dir": "", "method": "prefix",
+                "prefix_len": len(flat), "from_peft": str(directory)}
+    with atomic_write(Path(out) / "config.json", "w") as file:
+        json.dump({"settings": settings, "fingerprint": model.fingerprint}, file, indent=1)

@@ -1,0 +1,39 @@
+"""Files of results: one JSON object a line, added one by one, so that a stopped call can go on."""
+import json
+from pathlib import Path
+
+from utils.files import atomic_write
+
+
+def to_line(row):
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def read_rows(path):
+    """The objects in `path`, without a last one that a kill has cut off; [] where no file is.
+
+    Raises ValueError where any other line is no JSON.
+    """
+    path, rows = Path(path), []
+    lines = path.read_bytes().split(b"\n") if path.exists() else []     # cut anywhere: in a letter
+    lines = [line for line in lines if line.strip()]
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"got {path}, a line of which is no JSON ({error}); expected what "
+                                 "this program wrote there; mend it, or name another "
+                                 "file") from error
+    return rows
+
+
+def write_rows(path, rows):
+    """Write the whole file, or leave what was there."""
+    with atomic_write(path, "w") as file:
+        file.writelines(map(to_line, rows))
+
+
+def append_rows(path, rows):
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(map(to_line, rows))

@@ -1,0 +1,107 @@
+"""A BART's files, read without the transformers library: its names, its vocabulary, a download.
+
+What it has in common with GPT-2 is in test_convert.py, the equality of the logits in
+test_bart_transformers.py.
+"""
+import dataclasses
+import hashlib
+import json
+
+import pytest
+import torch
+from conftest import random_bart
+from test_convert import hub  # noqa: F401  a fixture
+
+from pretrained.checkpoint import load
+from pretrained.hub import NAMES, fetch
+from pretrained.hugging_face import convert
+
+
+def foreign(bart, root="model."):
+    """The state dict as Hugging Face has it: everything but the bias of the logits has a root."""
+    state = {root + name: tensor.clone() for name, tensor in bart.state_dict().items()}
+    state["final_logits_bias"] = state.pop(root + "final_logits_bias")
+    for copy in ("encoder.embed_tokens", "decoder.embed_tokens"):
+        state[f"{root}{copy}.weight"] = bart.shared.weight.clone()
+    return state | {"lm_head.weight": bart.shared.weight.clone()}
+
+
+def write(directory, bart, state, vocabulary="dict.txt", **options):
+    """A Hugging Face checkpoint in `directory`, with a vocabulary of the 256 bytes and an end."""
+    directory.mkdir(exist_ok=True)
+    about = dataclasses.asdict(bart.config) | {"model_type": "bart", "forced_bos_token_id": 0}
+    (directory / "config.json").write_text(json.dumps(about | options))
+    torch.save(state, directory / "pytorch_model.bin")
+    (directory / vocabulary).write_text("".join(f"{n} 1\n" for n in range(257)))
+    return directory
+
+
+@pytest.mark.parametrize("root", ["model.", ""])
+def test_every_weight_arrives(bart, tmp_path, root):
+    """Would catch: a root that stays in the names, a tied copy taken for an unknown weight."""
+    convert(write(tmp_path / "hf", bart, foreign(bart, root)), tmp_path / "ours")
+    again = load(tmp_path / "ours", dtype=torch.float64)
+    for name, tensor in bart.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert again.config == bart.config
+    assert again.generation_config == {"forced_bos_token_id": 0, "decoder_start_token_id": 2}
+    assert (tmp_path / "ours" / "dict.txt").read_text().count("\n") == 257
+
+
+def test_a_file_without_the_bias_has_none(bart, tmp_path):
+    """As bart-large's. Would catch: a refusal, or a bias left at random."""
+    state = {name: t for name, t in foreign(bart).items() if name != "final_logits_bias"}
+    convert(write(tmp_path / "hf", bart, state), tmp_path / "ours")
+    assert not load(tmp_path / "ours").final_logits_bias.any()
+
+
+def test_a_tied_copy_that_differs_is_refused(bart, tmp_path):
+    """Would catch: a decoder with words of its own, read with the encoder's."""
+    for name in ("lm_head.weight", "model.decoder.embed_tokens.weight"):
+        state = foreign(bart)
+        state[name][3, 4] += 1e-6
+        with pytest.raises(ValueError, match="differs from shared.weight; expected one tensor"):
+            convert(write(tmp_path / "hf", bart, state), tmp_path / "ours")
+
+
+@pytest.mark.parametrize("option, value", [
+    ("activation_function", "relu"), ("scale_embedding", True), ("normalize_before", True),
+    ("add_final_layer_norm", True), ("normalize_embedding", False), ("add_bias_logits", True),
+    ("static_position_embeddings", True), ("extra_pos_embeddings", 0),
+    ("is_encoder_decoder", False), ("tie_word_embeddings", False), ("d_model", "24"),
+    ("decoder_start_token_id", None)])
+def test_another_function_is_refused_by_name(bart, tmp_path, option, value):
+    """Would catch: a checkpoint whose tensors fit and whose function is another one."""
+    with pytest.raises(ValueError, match=f"with {option} = {value!r}; expected .*; "):
+        convert(write(tmp_path / "hf", bart, foreign(bart), **{option: value}), tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_name_is_downloaded_with_its_vocabulary(hub, bart, tmp_path):  # noqa: F811
+    """Would catch: bart-large without vocab.json, which would read GPT-2's numbers."""
+    directory = write(tmp_path / "published", bart, foreign(bart), "vocab.json")
+    torch.save(foreign(bart), directory / "model.safetensors")      # asked for where it is readable
+    try:
+        from safetensors.torch import save_file
+        save_file(foreign(bart), directory / "model.safetensors")
+    except ImportError:
+        pass
+    hub.files = {path.name: path.read_bytes() for path in directory.iterdir()}
+    hub.sums = {name: hashlib.sha256(body).hexdigest() for name, body in hub.files.items()}
+    fetch("bart-large", tmp_path / "out", hub.url)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", "model.pt",
+                                                              "vocab.json"}
+    repository, commit = NAMES["bart-large"]
+    assert repository == "facebook/bart-large"
+    assert f"GET /{repository}/resolve/{commit}/vocab.json" in hub.asked
+    assert load(tmp_path / "out").generation_config["forced_bos_token_id"] == 0
+
+
+def test_a_bart_without_a_vocabulary_is_refused(tmp_path):
+    """Would catch: fluent nonsense, the only sign of the wrong numbers."""
+    bart = random_bart()
+    directory = write(tmp_path / "hf", bart, foreign(bart))
+    (directory / "dict.txt").unlink()
+    with pytest.raises(ValueError, match="hf without its vocabulary; expected vocab.json or"):
+        convert(directory, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()

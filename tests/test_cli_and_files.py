@@ -1,0 +1,263 @@
+"""Flags, one-line errors, files that are whole or absent, downloads that are checked."""
+import dataclasses
+import hashlib
+import http.server
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import sample
+import train
+from utils.cli import flag, parse, run_program
+from utils.files import atomic_write, download
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# ---- flags
+
+@dataclasses.dataclass
+class Settings:
+    prompt: str = flag("", "what to continue")
+    epochs: int = flag(5, "times through the data")
+    lr: float = flag(5e-5, "learning rate, 100 % of it at the start", alias="learning-rate")
+    method: str = flag("prefix", "what learns", choices=("prefix", "finetune"))
+    mid_dim: int = flag(None, "width of the MLP; left out: the data set's", kind=int)
+    max_new_tokens: int = flag(None, "tokens at most", kind=int, within=(1, 1000), alias="max-new")
+    compile: bool = flag(False, "compile the model")
+    run: list = flag([], "a run, may be repeated")
+    warmup: int = flag(0, "steps in which the rate rises")
+
+
+def parsed(*argv):
+    return parse(Settings, list(argv), "a test", positional="prompt")
+
+
+def test_what_is_left_out_keeps_its_default():
+    """Would catch a default that argparse turns into something else, and None becoming a list."""
+    assert parsed() == Settings("", 5, 5e-5, "prefix", None, None, False, [])
+
+
+def test_what_is_given_has_its_type():
+    """Would catch a number that stays text, and a repeated flag of which the last wins."""
+    assert parsed("the text", "--epochs", "3", "--lr=1e-4", "--mid-dim", "800", "--compile",
+                  "--method", "finetune", "--run", "a", "--run", "b") == Settings(
+        "the text", 3, 1e-4, "finetune", 800, None, True, ["a", "b"])
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--ephocs", "3"], "did you mean --epochs?"),
+    (["--ephocs=3"], "did you mean --epochs?"),
+    (["--epoch", "3"], "did you mean --epochs?"),      # no silent abbreviation
+    (["--zzz"], "unknown argument '--zzz'"),
+    (["--learning-rat", "3"], "did you mean --learning-rate?"),
+    (["--max-ne=3"], "did you mean --max-new?"),
+    (["--method", "prefx"], "prefx"),
+    (["--epochs", "many"], "many"),
+    (["--epochs"], "--epochs"),
+    (["one", "two"], "two"),
+])
+def test_a_wrong_flag_is_one_line_with_the_next_step(argv, words):
+    """Would catch a flag that is ignored silently, and argparse's page of usage."""
+    with pytest.raises(ValueError) as caught:
+        parsed(*argv)
+    message = str(caught.value)
+    assert words in message and "--help" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("argv", [["--learning-rate", "1e-4", "--max-new=7"],
+                                  ["--lr", "1e-4", "--max-new-tokens", "7"]])
+def test_an_alias_is_the_same_flag(argv):
+    """Would catch a second name that sets nothing, or that is not counted as given."""
+    settings = parsed(*argv)
+    assert (settings.lr, settings.max_new_tokens) == (1e-4, 7)
+    assert settings.given == {"lr", "max_new_tokens"}
+    with pytest.raises(ValueError, match="got --max-new-tokens 0; expected a number from 1 to"):
+        parsed("--max-new", "0")
+
+
+def test_the_programs_know_the_aliases():
+    """Would catch a flag of the programs that was renamed without its old name."""
+    found = parse(train.Settings, ["--learning-rate", "1", "--warmup-steps", "2",
+                                   "--max-grad-norm", "3"], "")
+    assert (found.lr, found.warmup, found.clip) == (1, 2, 3)
+    found = parse(sample.Settings, ["--max-new", "4", "--min-new", "2", "--beam", "3",
+                                    "--no-repeat", "5"], "")
+    assert (found.max_new_tokens, found.min_new_tokens, found.num_beams,
+            found.no_repeat_ngram_size) == (4, 2, 3, 5)
+
+
+def test_help_names_every_flag_with_its_default(capsys):
+    """Would catch a percent sign in a help text, at which argparse stumbles."""
+    with pytest.raises(SystemExit) as caught:
+        parsed("--help")
+    out = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert "--lr LR, --learning-rate LR" in out or "--lr, --learning-rate LR" in out
+    assert "--mid-dim" in out and "100 %" in out and "(default: 5)" in out
+    assert "rises (default: 0)" in out and "(default: False)" not in out
+
+
+# ---- errors
+
+def test_a_users_mistake_is_one_line_and_status_2(capsys):
+    """Would catch a traceback, an error of two lines, and status 0 after an error."""
+    def main():
+        raise ValueError("got this,\n  expected that")
+    with pytest.raises(SystemExit) as caught:
+        run_program(main)
+    out, err = capsys.readouterr()
+    assert (caught.value.code, out, err) == (2, "", "error: got this, expected that\n")
+
+
+def test_our_own_mistake_keeps_its_traceback():
+    """Would catch a bug that hides as a tidy message."""
+    with pytest.raises(KeyError):
+        run_program(lambda: {}["missing"])
+
+
+# ---- whole files
+
+@pytest.mark.parametrize("mistake", [ValueError("no"), OSError(28, "No space left on device"),
+                                     RuntimeError("torch: file write failed"), KeyboardInterrupt()])
+def test_an_exception_leaves_the_old_file_and_no_rest(tmp_path, mistake):
+    """Would catch a half-written checkpoint under the good one's name."""
+    path = tmp_path / "new" / "file"
+    with atomic_write(path, "w") as file:
+        file.write("old \u00a3")
+    with pytest.raises((type(mistake), OSError)) as caught:
+        with atomic_write(path, "w") as file:
+            file.write("new")
+            raise mistake
+    assert path.read_text("utf-8") == "old \u00a3" and list(path.parent.iterdir()) == [path]
+    if isinstance(mistake, (OSError, RuntimeError)):
+        assert str(path) in str(caught.value) and "untouched" in str(caught.value)
+    assert path.stat().st_mode & 0o077 == 0o044, "others may read what a colleague computed"
+
+
+def test_a_killed_process_leaves_the_old_file(tmp_path):
+    """Would catch writing in place: kill -9 runs no handler that could tidy up."""
+    path = tmp_path / "file"
+    path.write_text("old")
+    program = ("import sys, time\nfrom utils.files import atomic_write\n"
+               f"with atomic_write({str(path)!r}) as file:\n"
+               "    file.write(b'x' * 100_000); file.flush(); print('writing', flush=True)\n"
+               "    time.sleep(60)\n")
+    child = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, text=True,
+                             stdout=subprocess.PIPE)
+    assert child.stdout.readline() == "writing\n"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    assert path.read_text() == "old"
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    """Would catch an error that names a temporary file nobody has heard of."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="could not write .*file/below.pt"):
+        with atomic_write(tmp_path / "file" / "below.pt"):
+            pass
+
+
+# ---- downloads, from a server on this machine
+
+BODY = bytes(range(256)) * (12 << 10)    # 3 MiB, so more than one piece
+DIGEST = hashlib.sha256(BODY).hexdigest()
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == "/missing":
+            self.send_error(404)
+        elif self.path == "/moved":
+            self.send_response(302)
+            self.send_header("Location", "/whole")
+            self.send_header("X-Linked-ETag", f'"{"0" * 64}"')
+            self.end_headers()
+        elif self.path == "/silent":
+            self.close_connection = True                    # no answer at all
+        else:
+            self.send_response(200)
+            if self.path == "/chunked":                     # cut without a length to notice it by
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                self.wfile.write(b"100000\r\n" + BODY[:1000])
+                return
+            if self.path != "/unsized":
+                self.send_header("Content-Length", str(len(BODY)))
+            self.end_headers()
+            self.wfile.write(BODY[:1000] if self.path == "/cut" else BODY)
+
+    def log_message(self, *arguments):
+        """Say nothing: the tests' output is not the place."""
+
+
+@pytest.fixture(scope="module")
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
+        thread = threading.Thread(target=running.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("page", ["/whole", "/moved", "/unsized"])
+def test_a_download_is_the_file_and_nothing_else(server, tmp_path, page):
+    """Would catch pieces that are lost, and the digest of a redirect taken for the file's."""
+    path = tmp_path / "new" / "file"
+    download(server + page, path, DIGEST)
+    assert path.read_bytes() == BODY and list(path.parent.iterdir()) == [path]
+
+
+def test_a_digest_that_nobody_knows_is_printed(server, tmp_path, capsys):
+    """Would catch an unchecked file that looks like a checked one."""
+    download(server + "/whole", tmp_path / "file")
+    out, err = capsys.readouterr()
+    assert DIGEST in err and out == ""
+    download(server + "/whole", tmp_path / "file", DIGEST)
+    assert DIGEST not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page, sha256, words", [
+    ("/whole", "0" * 64, f"got SHA-256 {DIGEST}, expected {'0' * 64}"),
+    ("/cut", DIGEST, f"got 1000 bytes, expected {len(BODY)}"),
+    ("/cut", None, f"got 1000 bytes, expected {len(BODY)}"),
+    ("/chunked", None, "the connection broke"),
+    ("/missing", DIGEST, "404"),
+    ("/silent", DIGEST, "could not download"),
+])
+def test_a_bad_download_leaves_what_was_there(server, tmp_path, page, sha256, words):
+    """Would catch a cut file that is kept and believed for ever, or a full disk that is blamed."""
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises((ValueError, OSError)) as caught:
+        download(server + page, path, sha256)
+    message = str(caught.value)
+    assert words in message and server + page in message and "free some space" not in message
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_host_that_is_not_there_is_said_with_a_way_out(tmp_path):
+    """Would catch a traceback on a machine without a network."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))                       # bound, but nobody listens
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/file"
+        with pytest.raises(OSError, match="fetch it on another machine and put it at"):
+            download(url, tmp_path / "file")
+    with pytest.raises(ValueError):
+        download("no address", tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+
+
+def test_line_ends_can_be_left_out_of_the_digest(server, tmp_path):
+    """Would catch a right file that is refused because its lines end in another way."""
+    digest = hashlib.sha256(BODY.replace(b"\r", b"")).hexdigest()
+    download(server + "/whole", tmp_path / "file", digest, any_line_end=True)
+    assert (tmp_path / "file").read_bytes() == BODY, "the file itself stays as it is"

@@ -1,0 +1,1 @@
+"""What any program needs: command lines (cli.py) and files that are whole or absent (files.py)."""

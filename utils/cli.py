@@ -1,0 +1,113 @@
+"""Command lines: flags from a settings dataclass, and mistakes reported in one line.
+
+Every program here keeps its settings in one dataclass whose fields carry their own help text, so
+that the dataclass is the documentation of the flags. A mistake that a user can make is a ValueError
+or an OSError that says what was got, what was expected and what to do next; `run_program` turns it
+into one line and exit status 2. Knows nothing of the project.
+"""
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import math
+import signal
+import sys
+
+
+def flag(default, text, choices=None, kind=None, within=None, alias=None):
+    """A field of a settings dataclass: its default, its help text, and the values it may take, as
+    `choices` or as `within`, the lowest and the highest number. alias: a second name of the flag.
+    """
+    metadata = {"help": text, "choices": choices, "kind": kind or type(default), "within": within,
+                "alias": alias}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(f"{message}; `{self.prog} --help` lists every flag")
+
+
+def parse(settings, argv, description, positional=None, notes=""):
+    """Read `argv` into an instance of the dataclass `settings`; `positional` names the field
+    without dashes.
+
+    A field whose default is a list is a flag that may be repeated; one whose default is None stays
+    None when it is left out. The attribute `given` of what is returned has the names of the fields
+    that stand in argv. notes: shown at the end of --help. An unknown flag raises ValueError and
+    names the flag that was probably meant.
+    """
+    spec = sys.modules["__main__"].__spec__ if settings.__module__ == "__main__" else None
+    parser = _OneLineParser(prog=f"python -m {spec.name}" if spec else None,
+                            description=description, epilog=notes, allow_abbrev=False,
+                            formatter_class=argparse.RawDescriptionHelpFormatter,
+                            argument_default=argparse.SUPPRESS)
+    flags, aliases = {}, {}
+    for field in dataclasses.fields(settings):
+        kind, choices = field.metadata["kind"], field.metadata["choices"]
+        repeated = field.default is dataclasses.MISSING
+        plain = repeated or field.default in (None, "") or field.default is False
+        default = "" if plain else f" (default: {field.default})"
+        about = {"help": (field.metadata["help"] + default).replace("%", "%%")}
+        if field.name == positional:
+            parser.add_argument(field.name, nargs="?", **about)
+            continue
+        flags["--" + field.name.replace("_", "-")] = about | {"dest": field.name} | (
+            {"action": "store_true"} if kind is bool else
+            {"action": "append", "type": str if kind is list else kind} if repeated else
+            {"type": kind, "choices": choices})
+        if field.metadata["alias"]:
+            aliases["--" + field.metadata["alias"]] = "--" + field.name.replace("_", "-")
+    for name, about in flags.items():
+        parser.add_argument(name, *(a for a, own in aliases.items() if own == name), **about)
+    known, unknown = parser.parse_known_args(argv)
+    given = vars(known)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], [*flags, *aliases], 1)
+        raise ValueError(f"unknown argument {unknown[0]!r}; "
+                         + (f"did you mean {near[0]}? " if near else "")
+                         + f"`{parser.prog} --help` lists every flag")
+    for field in dataclasses.fields(settings):
+        low, high = field.metadata["within"] or (None, None)
+        if low is not None and field.name in given and not low <= given[field.name] <= high:
+            wanted = f"at least {low}" if high == math.inf else f"a number from {low} to {high}"
+            raise ValueError(f"got --{field.name.replace('_', '-')} {given[field.name]}; expected "
+                             f"{wanted}")
+    found = settings(**given)       # what was left out takes the dataclass's own default
+    found.given = set(given)
+    return found
+
+
+def run_program(main):
+    """Call `main()` as a program: a user's mistake is one line on stderr and exit status 2."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+@contextlib.contextmanager
+def stop_after_this_step():
+    """Ctrl-C (or a cluster's SIGTERM) fills the list that this gives; the loop ends after its step.
+
+    A second signal ends the program at once.
+    """
+    signals = []
+
+    def note(number, frame):
+        if signals:
+            raise KeyboardInterrupt
+        signals.append(number)
+
+    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -166,6 +166,58 @@ class LanguageModel(nn.Module):
     def dtype(self):
         return self.word_embedding.weight.dtype
 
+    def positions_and_mask(self, ids, prefix, key_mask, cache, tree):
+        """(positions (1 or B, T), the attention's mask) of a forward pass; arguments as of
+        GPT2.hidden_states. Raises ValueError where a text with its prefix is too long.
+        """
+        keys = prefix.size(4) + (0 if cache is None else cache.length) + ids.size(1)    # P+S
+        if key_mask is None:
+            key_mask = torch.ones(1, keys, dtype=torch.bool, device=ids.device)     # (1, P+S)
+        # The text starts at position P, as in the official code: a prefix takes the place of P
+        # tokens. Left padding shifts nothing, and prefixes of several lengths need no special case.
+        positions = position_ids(key_mask, ids.size(1), tree)                   # (1 or B, T)
+        # Where texts branch there may be more keys than positions: no text is longer than these.
+        if keys > self.max_positions <= positions.max():
+            n_prefix = prefix.size(4) + (0 if cache is None else cache.n_prefix)
+            raise ValueError(f"got a prefix of {n_prefix} and {keys - n_prefix} tokens; expected "
+                             f"at most {self.max_positions} together, the positions of this model; "
+                             "shorten one of them")
+        return positions, self.attention.mask(key_mask, ids.size(1), causal=True, tree=tree)
+
+    @torch.no_grad()
+    def prefix_from_tokens(self, ids):
+        """The keys and values that the model computes for P tokens, a list: (L, 2, 1, H, P, D).
+
+        As a prefix they are exactly those tokens put in front of the text (a hard prompt):
+        attention sees nothing of a token but its key and value, and the text starts at P anyway.
+        """
+        cache = KVCache(self.empty_prefix(), batch=1, max_tokens=len(ids))
+        self.hidden_states(torch.tensor([ids], device=self.device), cache=cache)
+        return cache.kv
+
+    def start_decoding(self, prompts, prefix, prefix_mask, max_new_tokens, num_beams=1):
+        """What is needed to continue `prompts`, lists of tokens of any lengths: a `DecodingStart`.
+
+        prefix: (L, 2, 1 or B, H, P, D). prefix_mask: (B, P) bool, False where a row's is shorter.
+        max_new_tokens, num_beams: how much the cache has to hold. Raises ValueError where a prompt
+        leaves no position free.
+        """
+        # Padding goes in front, so that the newest token of every row stands in the last column.
+        ids, mask = (x.to(self.device) for x in pad(prompts, left=True))        # (B, T) each
+        key_mask = torch.cat((prefix_mask, mask), 1)                            # (B, P+T)
+        used, row = key_mask.sum(1).max(0)
+        if used >= self.max_positions:
+            raise ValueError(f"got a prefix of {prefix_mask[row].sum()} and a prompt of "
+                             f"{len(prompts[row])} tokens; expected less than {self.max_positions} "
+                             "together; shorten one of them")
+        max_new_tokens = min(max_new_tokens, self.max_positions - used.item())
+        # The prefix is joined to the text at each step, or once, as the beginning of the cache.
+        apart, cached = prefix, self.empty_prefix()
+        if self.attention.joins_prefix:
+            apart, cached = cached, apart
+        cache = KVCache(cached, len(prompts), ids.size(1) + num_beams * max_new_tokens)
+        return DecodingStart(prompts, ids, key_mask, cache, {"prefix": apart}, max_new_tokens)
+
 
 # ---- GPT-2
 
@@ -260,19 +312,7 @@ class GPT2(LanguageModel):
         P + S exceeds the positions.
         """
         prefix = self.empty_prefix() if prefix is None else prefix
-        keys = prefix.size(4) + (0 if cache is None else cache.length) + ids.size(1)    # P+S
-        if key_mask is None:
-            key_mask = torch.ones(1, keys, dtype=torch.bool, device=ids.device)     # (1, P+S)
-        # The text starts at position P, as in the official code: a prefix takes the place of P
-        # tokens. Left padding shifts nothing, and prefixes of several lengths need no special case.
-        positions = position_ids(key_mask, ids.size(1), tree)                   # (1 or B, T)
-        # Where texts branch there may be more keys than positions: no text is longer than these.
-        if keys > self.max_positions <= positions.max():
-            n_prefix = prefix.size(4) + (0 if cache is None else cache.n_prefix)
-            raise ValueError(f"got a prefix of {n_prefix} and {keys - n_prefix} tokens; expected "
-                             f"at most {self.max_positions} together, the positions of this model; "
-                             "shorten one of them")
-        mask = self.attention.mask(key_mask, ids.size(1), causal=True, tree=tree)
+        positions, mask = self.positions_and_mask(ids, prefix, key_mask, cache, tree)
         x = self.wte(ids) + self.wpe(positions)                                 # (B, T, C)
         for layer, (block, part) in enumerate(zip(self.h, prefix, strict=True)):
             x = block(x, part, self.attention, mask, cache, layer)              # (B, T, C)
@@ -287,37 +327,3 @@ class GPT2(LanguageModel):
         words it takes 38.6M multiplications a token, all layers of the smallest GPT-2 take 85M.
         """
         return F.linear(hidden, self.wte.weight)
-
-    @torch.no_grad()
-    def prefix_from_tokens(self, ids):
-        """The keys and values that the model computes for P tokens, a list: (L, 2, 1, H, P, D).
-
-        As a prefix they are exactly those tokens put in front of the text (a hard prompt):
-        attention sees nothing of a token but its key and value, and the text starts at P anyway.
-        """
-        cache = KVCache(self.empty_prefix(), batch=1, max_tokens=len(ids))
-        self.hidden_states(torch.tensor([ids], device=self.device), cache=cache)
-        return cache.kv
-
-    def start_decoding(self, prompts, prefix, prefix_mask, max_new_tokens, num_beams=1):
-        """What is needed to continue `prompts`, lists of tokens of any lengths: a `DecodingStart`.
-
-        prefix: (L, 2, 1 or B, H, P, D). prefix_mask: (B, P) bool, False where a row's is shorter.
-        max_new_tokens, num_beams: how much the cache has to hold. Raises ValueError where a prompt
-        leaves no position free.
-        """
-        # Padding goes in front, so that the newest token of every row stands in the last column.
-        ids, mask = (x.to(self.device) for x in pad(prompts, left=True))        # (B, T) each
-        key_mask = torch.cat((prefix_mask, mask), 1)                            # (B, P+T)
-        used, row = key_mask.sum(1).max(0)
-        if used >= self.max_positions:
-            raise ValueError(f"got a prefix of {prefix_mask[row].sum()} and a prompt of "
-                             f"{len(prompts[row])} tokens; expected less than {self.max_positions} "
-                             "together; shorten one of them")
-        max_new_tokens = min(max_new_tokens, self.max_positions - used.item())
-        # The prefix is joined to the text at each step, or once, as the beginning of the cache.
-        apart, cached = prefix, self.empty_prefix()
-        if self.attention.joins_prefix:
-            apart, cached = cached, apart
-        cache = KVCache(cached, len(prompts), ids.size(1) + num_beams * max_new_tokens)
-        return DecodingStart(prompts, ids, key_mask, cache, {"prefix": apart}, max_new_tokens)

@@ -91,8 +91,8 @@ class Settings:
                                 "compiler, on a GPU triton too, and minutes at the start")
     gradient_checkpointing: bool = flag(False, "less memory for more work: compute each block "
                                                "again on the way back")
-    share_source: bool = flag(False, "a batch holds the targets of few sources, and what several "
-                                     "texts begin with is computed once; so other pairs meet")
+    share_source: int = flag(0, "so many targets of a source meet in a batch, and what texts begin "
+                                "with is computed once; 0: pairs meet at random", within=(0, inf))
     out: str = flag("", "directory of the run; left out: out/MODEL-DATA")
     resume: str = flag("", "directory of a run to continue; its own settings are used")
     stop_at: int = flag(0, "stop after this step as Ctrl-C would, to be resumed; 0: at the end",
@@ -104,8 +104,9 @@ class Settings:
 def resolve(args):
     """The settings of a new run with everything that was left out filled in."""
     if args.start_from and "model" not in args.given:
-        name = run_directory.run_settings(args.start_from)["model"]
+        given, name = args.given, run_directory.run_settings(args.start_from)["model"]
         args = dataclasses.replace(args, model=name)
+        args.given = given
     return paper.resolve_training(args)
 
 

@@ -61,16 +61,21 @@ def group_by(items, key):
     return list(groups.values())
 
 
-def epoch_batches(pairs, batch_size, seed, epoch, share_source=False):
+def epoch_batches(pairs, batch_size, seed, epoch, share_source=0):
     """The batches of one epoch, lists of indices: similar lengths together, in random order.
 
     Differs from the paper, whose batches are random: similar lengths mean little padding. Sorting
     all would fix which pairs meet, so only pools of 50 batches are sorted. A function of (seed,
-    epoch) alone: a resumed run needs no state to find its place. share_source: the pairs of one
-    source stay together, except where a batch is full.
+    epoch) alone: a resumed run needs no state to find its place. share_source: so many pairs of
+    one source stay together, except where a batch is full.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     groups = group_by(range(len(pairs)), lambda i: source_of(pairs[i]) if share_source else i)
+    if share_source:
+        for group in groups:            # others meet in every epoch
+            group[:] = [group[i] for i in torch.randperm(len(group), generator=generator).tolist()]
+        groups = [group[i:i + share_source] for group in groups
+                  for i in range(0, len(group), share_source)]
     order, pools = torch.randperm(len(groups), generator=generator).tolist(), []
     size = max(1, 50 * batch_size * len(groups) // len(pairs))          # groups in a pool
     for i in range(0, len(order), size):

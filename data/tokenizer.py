@@ -21,7 +21,7 @@ END_OF_TEXT = "<|endoftext|>"
 # The numbers that fairseq gives before the first token of a dict.txt, and the one after the last.
 START, PAD, END, UNKNOWN, MASK = "<s>", "<pad>", "</s>", "<unk>", "<mask>"
 # What a model's directory may hold beside it: a vocabulary that is not GPT-2's, a BART's numbers.
-OWN_FILES = ("tokenizer.tiktoken", "dict.txt", "vocab.json")
+OWN_FILES = ("tokenizer.tiktoken", "dict.txt", "vocab.json", "tokenizer.json")
 
 
 def read_ranks(path):
@@ -144,6 +144,49 @@ class BARTTokenizer(Tokenizer):
         return self.encoding.decode([self.theirs[i] for i in ids if i in self.theirs])
 
 
+class JSONTokenizer(Tokenizer):
+    """Any tokenizer in a tokenizer.json, by the package tokenizers: of a Llama and its like.
+
+    A source and a target are one sequence: source, a line break, target, the model's end token. In
+    front stands what the model's makers put there, if anything.
+    """
+
+    def __init__(self, directory):
+        path = directory / "tokenizer.json"
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise ValueError(f"got {path}; expected the package tokenizers, which reads it; `pip "
+                             "install tokenizers`") from error
+        self.encoding = tokenizers.Tokenizer.from_file(str(path))
+        self.encoding.encode_special_tokens = True      # typed by someone, <|im_end|> is text
+        self.vocab_size = self.encoding.get_vocab_size()
+        self.max_id = self.vocab_size - 1
+        about = json.loads((directory / "config.json").read_text("utf-8"))
+        ends = about.get("generation_config", {}).get("eos_token_id")
+        self.eos_token_id = ends[0] if isinstance(ends, list) else ends
+        if self.eos_token_id is None:
+            raise ValueError(f"got {directory}, whose config.json has no eos_token_id; expected "
+                             "the token that ends a text; convert the model again")
+
+    def encode(self, text):
+        return self.encoding.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.encoding.decode(ids, skip_special_tokens=True)
+
+    def source_ids(self, source):
+        return self.encoding.encode(f"{source}\n").ids
+
+    def target_ids(self, target):
+        return [*self.encode(target), self.eos_token_id]
+
+    def text_of(self, ids):
+        if self.eos_token_id in ids:
+            ids = ids[:ids.index(self.eos_token_id)]
+        return self.decode(ids).strip()
+
+
 def byte_level_bpe(directory):
     """The byte-level BPE of the model in `directory`: its own, or GPT-2's."""
     path = Path(directory) / "tokenizer.tiktoken"
@@ -167,8 +210,10 @@ def load_tokenizer(directory):
     Raises OSError when GPT-2's vocabulary is neither in tiktoken's cache nor to be downloaded, and
     ValueError for a damaged file.
     """
+    if (Path(directory) / "tokenizer.json").exists():
+        return JSONTokenizer(Path(directory))
     encoding = byte_level_bpe(directory)
-    for name in OWN_FILES[1:]:
+    for name in OWN_FILES[1:3]:
         path = Path(directory) / name
         if path.exists():
             try:

@@ -24,6 +24,7 @@ class Architecture(typing.NamedTuple):
     # one has this value. (n_inner is not here: the shapes tell.)
     fixed_options: dict
     vocabularies: tuple             # files that number the tokens, one is enough; (): as GPT-2's
+    fill_config: typing.Callable = dict     # from their config.json to one with all our fields
 
 
 def gpt2():
@@ -49,7 +50,30 @@ def bart():
          "is_encoder_decoder": True, "tie_word_embeddings": True}, ("vocab.json", "dict.txt"))
 
 
-ARCHITECTURES = {"gpt2": gpt2, "bart": bart}
+def llama_config(theirs):
+    """A Llama's config.json, of an old or a new upload, with what it may leave out filled in."""
+    rope = theirs.get("rope_parameters") or {}
+    scaling = theirs.get("rope_scaling") or {}
+    heads, width = theirs.get("num_attention_heads"), theirs.get("hidden_size")
+    filled = {"rope_theta": rope.get("rope_theta", 10000.0), "num_key_value_heads": heads,
+              "tie_word_embeddings": False, "max_position_embeddings": 2048,
+              "rope_type": rope.get("rope_type") or scaling.get("rope_type", scaling.get("type"))}
+    if isinstance(heads, int) and isinstance(width, int) and heads > 0:
+        filled["head_dim"] = width // heads
+    return filled | {name: value for name, value in theirs.items() if value is not None}
+
+
+def llama():
+    from llama.model import Llama, LlamaConfig
+    return Architecture(
+        LlamaConfig, Llama, Prefix, "model.", (), ("rotary_emb.inv_freq",),
+        {"lm_head.weight": "embed_tokens.weight"}, (),
+        {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_type": "default",
+         "sliding_window": None, "use_qk_norm": False},
+        ("tokenizer.json",), llama_config)
+
+
+ARCHITECTURES = {"gpt2": gpt2, "bart": bart, "llama": llama}
 
 
 def architecture(name):

@@ -11,7 +11,8 @@ model in. Only the command line: hugging_face.py, hub.py and peft_adapter.py do 
 import dataclasses
 from pathlib import Path
 
-from pretrained.hub import NAMES, fetch
+from pretrained.gguf_file import convert_gguf
+from pretrained.hub import NAMES, PACKAGES, fetch
 from pretrained.hugging_face import convert
 from pretrained.load import WEIGHTS
 from pretrained.peft_adapter import read_peft, write_peft
@@ -20,8 +21,9 @@ from utils.cli import flag, parse, run_program
 
 @dataclasses.dataclass
 class Settings:
-    source: str = flag("", f"one of {', '.join(NAMES)}, or a directory with config.json and "
-                           "model.safetensors or pytorch_model.bin")
+    source: str = flag("", f"one of {', '.join((*NAMES, *PACKAGES))}; OWNER/NAME on the hub; a "
+                           "directory with config.json and model.safetensors or "
+                           "pytorch_model.bin; or a .gguf file")
     out: str = flag("", "the directory to write; empty: weights/ and the name of the source")
     run: str = flag("", "with --to-peft: the run of train.py whose prefix is wanted")
     to_peft: str = flag("", "write the prefix of --run to this directory, for the package peft")
@@ -52,14 +54,18 @@ def main(argv=None):
     if settings.to_peft or settings.from_peft:
         convert_prefix(settings)
         return
-    out = Path(settings.out or WEIGHTS / Path(settings.source).resolve().name)
-    if settings.source and Path(settings.source).is_dir():
-        convert(settings.source, out)
-    elif settings.source in NAMES:
-        fetch(settings.source, out)
+    source = settings.source
+    out = Path(settings.out or WEIGHTS / Path(source).resolve().name.removesuffix(".gguf"))
+    if source and Path(source).is_dir():
+        convert(source, out)
+    elif source.endswith(".gguf") and Path(source).is_file():
+        convert_gguf(source, out)
+    elif source in NAMES or source in PACKAGES or source.count("/") == 1:
+        fetch(source, out)
     else:
-        raise ValueError(f"got {settings.source!r}; expected a directory or one of "
-                         f"{', '.join(NAMES)}; `python -m pretrained.convert --help` has more")
+        raise ValueError(f"got {source!r}; expected a directory, a .gguf file, OWNER/NAME on the "
+                         f"hub or one of {', '.join((*NAMES, *PACKAGES))}; `python -m "
+                         "pretrained.convert --help` has more")
     print(f"wrote {out}/config.json and {out}/model.pt")
 
 

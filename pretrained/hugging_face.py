@@ -44,28 +44,36 @@ def read_generation_config(directory):
     return {name: both[name] for name in GENERATION if both.get(name) is not None}
 
 
-def read_config(path):
-    """(our config, its `Architecture`) of a Hugging Face config.json."""
-    if not path.exists():
-        raise ValueError(f"got {path.parent}, which has no config.json; expected it beside the "
-                         "weights; download it from the model's page")
-    theirs = read_object(path)
+def our_config(theirs, path):
+    """(our config, its `Architecture`) of what the config.json at `path` has."""
     try:
         classes = architecture(theirs.get("model_type"))
     except ValueError as error:
         what = str(error).removeprefix("got ")
         raise ValueError(f"got {path} with {what}") from error
+    theirs = classes.fill_config(theirs)
     for option, value in classes.fixed_options.items():
-        if theirs.get(option, value) != value:
+        if theirs.get(option, value) not in (value, None):
             raise ValueError(f"got {path} with {option} = {theirs[option]!r}; expected {value!r}, "
                              "the model here can do no other; choose another checkpoint")
     ours = {}
     for field in dataclasses.fields(classes.config):
-        ours[field.name] = theirs.get(field.name)
-        if not isinstance(ours[field.name], field.type) or ours[field.name] <= 0:
-            raise ValueError(f"got {path} with {field.name} = {ours[field.name]!r}; expected a "
+        value = theirs.get(field.name)
+        if field.type is float and type(value) is int:
+            value = float(value)
+        if type(value) is not field.type or field.type is not bool and value <= 0:
+            raise ValueError(f"got {path} with {field.name} = {value!r}; expected a "
                              f"positive {field.type.__name__}; correct it or download it again")
+        ours[field.name] = value
     return classes.config(**ours), classes
+
+
+def read_config(path):
+    """The same of a Hugging Face config.json on disk."""
+    if not path.exists():
+        raise ValueError(f"got {path.parent}, which has no config.json; expected it beside the "
+                         "weights; download it from the model's page")
+    return our_config(read_object(path), path)
 
 
 def weight_files(directory):
@@ -148,7 +156,8 @@ def rename(theirs, model, classes, source):
             tensor = tensor.t().contiguous()
         ours[short] = tensor
     for name, twin in classes.tied.items():
-        copy = ours.pop(name, None)
+        # A model that has both has a head of its own, as some Llamas.
+        copy = None if name in model.state_dict() else ours.pop(name, None)
         if copy is None:
             continue
         ours.setdefault(twin, copy)             # a file may have the one tensor under any name

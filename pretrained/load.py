@@ -11,7 +11,7 @@ import torch
 
 from data.tokenizer import OWN_FILES, load_tokenizer
 from pretrained.checkpoint import load
-from pretrained.hub import NAMES, fetch
+from pretrained.hub import NAMES, PACKAGES, fetch
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -55,10 +55,10 @@ def find_model(name):
         return Path(name)
     if (WEIGHTS / name / "config.json").exists():
         return WEIGHTS / name
-    if name in NAMES:
+    if name in NAMES or name in PACKAGES:
         fetch(name, WEIGHTS / name)
         return WEIGHTS / name
-    known = sorted({*NAMES, *(p.parent.name for p in WEIGHTS.glob("*/config.json"))})
+    known = sorted({*NAMES, *PACKAGES, *(p.parent.name for p in WEIGHTS.glob("*/config.json"))})
     near = difflib.get_close_matches(name, known, 1)
     raise ValueError(f"got the model {name!r}; expected a directory or one of {', '.join(known)}"
                      + (f"; did you mean {near[0]}?" if near else

@@ -78,7 +78,7 @@ def kinds_of_batches(pairs, size, count, model):
     """
     rng = random.Random(0)
     alike, tables = ([[pairs[i] for i in batch] for batch in epoch_batches(
-        pairs, size, 0, 0, share)] for share in (False, True))
+        pairs, size, 0, 0, share)] for share in (0, size))
     found = {"alike": alike, "random": [rng.sample(pairs, size) for _ in alike], "tables": tables}
     return {kind: [make_case(batch, model) for batch in
                    spread([batch for batch in batches if len(batch) == size], count)]

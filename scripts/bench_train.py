@@ -35,7 +35,7 @@ CASES = {  # pairs in a batch, batches that are timed, lengths; None: E2E's own,
 }
 LIMIT = "multiplications alone"
 PLAIN = dict(fast=False, attention="explicit", compile=False, gradient_checkpointing=False,
-             share_source=False)    # flags of train.py
+             share_source=0)    # flags of train.py
 
 
 # ---- who learns
@@ -98,7 +98,7 @@ def all_forms(model, frozen, start, size, compiled):
     pairs in a batch. compiled: with a compiled form.
     """
     asked = {"ours": {}, "ours, fast": dict(fast=True),
-             "ours, fast, shared": dict(fast=True, share_source=True),
+             "ours, fast, shared": dict(fast=True, share_source=8),
              "ours, fast, checkpointed": dict(fast=True, gradient_checkpointing=True),
              "ours, fast, sdpa": dict(fast=True, attention="sdpa")}
     if compiled:

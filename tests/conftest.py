@@ -21,8 +21,13 @@ from pretrained.architectures import new_prefix  # noqa: E402
 from pretrained.checkpoint import save  # noqa: E402
 
 # Where a room has been deleted, its tests are not collected.
-ROOMS = ("baselines", "bart", "fast", "scripts")
+ROOMS = ("baselines", "bart", "llama", "fast", "scripts")
 collect_ignore_glob = [f"{room}/*" for room in ROOMS if not (ROOT / room).exists()]
+
+
+def pytest_collection_modifyitems(items):
+    """The proof comes first."""
+    items.sort(key=lambda item: item.path.name != "test_only_the_prefix_learns.py")
 
 
 def random_gpt2(vocab_size=257, n_positions=64, n_embd=24, n_layer=3, n_head=4, seed=0):
@@ -47,6 +52,18 @@ def random_bart(vocab_size=262, d_model=24, encoder_layers=2, decoder_layers=3, 
         parameter.data += 0.3 * torch.randn_like(parameter)
     model.final_logits_bias += torch.randn_like(model.final_logits_bias)
     model.fingerprint = f"random BART {seed}"
+    return model.requires_grad_(False).eval()
+
+
+def random_llama(vocab_size=257, n_layer=3, heads=6, kv_heads=2, head_dim=4, width=20, seed=0):
+    """A frozen Llama in float64, alike; H * D is not C, 3 query heads share a key-value head."""
+    from llama.model import Llama, LlamaConfig
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size, 64, width, 28, n_layer, heads, kv_heads, head_dim)
+    model = Llama(config).double()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    model.fingerprint = f"random Llama {seed}"
     return model.requires_grad_(False).eval()
 
 

@@ -45,7 +45,7 @@ def test_a_shared_epoch_sees_every_pair_once_and_keeps_sources_together():
     pairs = [Pair([n, *range(n % 7), 0], 1 + n % 7)
              for n in range(300) for _ in range(1 + int(torch.randint(8, (1,), generator=rng)))]
     pairs = [pairs[i] for i in torch.randperm(len(pairs), generator=rng).tolist()]
-    epochs = [epoch_batches(pairs, 10, 1, epoch, share_source=True) for epoch in (0, 1)]
+    epochs = [epoch_batches(pairs, 10, 1, epoch, share_source=10) for epoch in (0, 1)]
     for batches in epochs:
         assert sorted(i for batch in batches for i in batch) == list(range(len(pairs)))
         assert len(batches) == -(-len(pairs) // 10)
@@ -53,7 +53,7 @@ def test_a_shared_epoch_sees_every_pair_once_and_keeps_sources_together():
         rows = sum(len({tuple(pairs[i].ids[:pairs[i].start]) for i in batch}) for batch in batches)
         assert rows <= 300 + len(batches)           # each batch tears one source at most
     assert epochs[0] != epochs[1]
-    assert epochs[0] == epoch_batches(pairs, 10, 1, 0, share_source=True)
+    assert epochs[0] == epoch_batches(pairs, 10, 1, 0, share_source=10)
 
 
 def test_a_label_is_predicted_from_the_token_before_it(model):

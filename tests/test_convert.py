@@ -429,7 +429,7 @@ def test_the_makers_way_of_decoding_survives_both_files(tmp_path):
 
 def test_an_architecture_that_is_not_here_is_refused_in_plain_words(tmp_path):
     """Catches a KeyError, in a program or for a model's directory of another version."""
-    with pytest.raises(ValueError, match="got model_type 'nope'; expected one of gpt2, bart; "):
+    with pytest.raises(ValueError, match="got model_type 'nope'; expected one of gpt2, bart, "):
         architecture("nope")
     save(small(), tmp_path / "ours")
     about = json.loads((tmp_path / "ours" / "config.json").read_text())

@@ -17,9 +17,10 @@ FLOORS = {
     "model": set(), "utils": set(),
     "prefix": {"model"},
     "bart": {"model", "prefix"},
+    "llama": {"model"},
     "data": {"model", "utils"},
     "decoding": {"model"},
-    "pretrained": {"model", "prefix", "bart", "data", "utils"},
+    "pretrained": {"model", "prefix", "bart", "llama", "data", "utils"},
     "baselines": {"model", "prefix"},
     "fast": {"model", "prefix", "data", "decoding"},
     "sample": {"prefix", "data", "decoding", "pretrained", "utils", "fast"},
@@ -28,7 +29,7 @@ FLOORS = {
                 "fast"},
 }
 # What can be deleted: whoever is not in it imports it inside a function, where it is asked for.
-OPTIONAL = {"bart", "baselines", "fast", "scripts"}
+OPTIONAL = {"bart", "llama", "baselines", "fast", "scripts"}
 GONE = {name for name in OPTIONAL if not (ROOT / name).exists()}
 PACKAGES = {"torch", "numpy", "tiktoken", "tqdm"}
 

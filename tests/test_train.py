@@ -3,7 +3,6 @@ import itertools
 import json
 import math
 import os
-import resource
 import runpy
 import shutil
 import signal
@@ -526,21 +525,27 @@ def test_a_mistake_ends_the_program_with_status_2(task, monkeypatch, capsys):
     assert output.err.startswith("error: got --out .")
 
 
-@pytest.fixture
-def small_disk():
-    """No file may grow beyond 12 kB while a test runs: enough for prefix.pt, not for resume.pt."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)     # then such a write is an error
-    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
+# In a process of its own: the limit holds for all of its files, standard output among them.
+FULL_DISK = """
+import resource, signal, sys
+sys.path.insert(0, sys.argv[1])
+import torch, train
+from utils.cli import run_program
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)       # then a write beyond the limit is an error
+resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
+run_program(lambda: train.main(sys.argv[2:]))
+"""
 
 
-def test_a_full_disk_is_reported_and_costs_nothing(task, small_disk):
-    """Would catch: a traceback, half a file, or temporary files left behind."""
-    with pytest.raises(OSError, match="could not write run/resume.pt"):
-        train.main([*task, "--out", "run"])
+def test_a_full_disk_is_reported_and_costs_nothing(task):
+    """No file may grow beyond 12 kB: enough for prefix.pt, not for resume.pt.
+
+    Would catch: a traceback, half a file, or temporary files left behind.
+    """
+    ended = subprocess.run([sys.executable, "-c", FULL_DISK, ROOT, *task, "--out", "run"],
+                           capture_output=True, text=True)
+    assert ended.returncode == 2, ended.stderr
+    assert "could not write run/resume.pt" in ended.stderr.splitlines()[-1]
     assert sorted(os.listdir("run")) == ["config.json", "log.jsonl", "prefix.pt"]
     load_prefix("run/prefix.pt", load_model(task[1], "cpu", "fp32")[0])
 

@@ -83,7 +83,7 @@ def test_fast_takes_what_helps_and_nothing_else(monkeypatch, capsys):
     assert "--fast: frozen head, dev set in tries" in capsys.readouterr().err
     assert found(alone, fast=True) == (True, False, False, False)
     assert found(pairs, fast=True, attention="sdpa") == (True, False, False, True)
-    assert found(pairs, share_source=True) == (False, False, True, False)
+    assert found(pairs, share_source=8) == (False, False, True, False)
     monkeypatch.setattr(packed, "has_avx512", lambda: True)
     assert found(pairs, fast=True)[1] is False                          # too small
     monkeypatch.setattr(packed, "LARGE", 1)
@@ -181,7 +181,7 @@ def log_of(run):
 
 def test_a_resumed_run_shares_the_same_sources(task):
     """Would catch: flags that are lost, another order of the data after resuming."""
-    flags = ["--share-source", "--gradient-checkpointing"]
+    flags = ["--share-source", "4", "--gradient-checkpointing"]
     train.main([*task, *flags, "--out", "whole"])
     train.main([*task, *flags, "--out", "parts", "--stop-at", "5"])
     train.main(["--resume", "parts", "--device", "cpu"])

@@ -76,12 +76,12 @@ def generate(model, prompts, constraints, prefix=None, sample=sample_token):
         constraints.apply(logits, step, sequences_so_far(state.prompts, columns))
         ids = sample(logits).masked_fill(done, eos)[:, None]                    # (B, 1)
         columns.append(ids)
-        done |= ids[:, 0] == eos
+        done |= constraints.ended(ids[:, 0])
         if step + 1 == constraints.max_new_tokens or done.all():
             break
         logits = state.step(ids)[:, 0]                                          # (B, V)
     rows = torch.cat(columns, 1).tolist() if columns else [[]] * len(prompts)   # (B, new tokens)
-    return [row[:row.index(eos)] if eos in row else row for row in rows]
+    return [constraints.until_end(row) for row in rows]
 
 
 # ---- the command line
@@ -147,8 +147,8 @@ def resolve(args):
 
 
 def banned_tokens(tokenizer, texts=paper.LINE_BREAKS):
-    """The tokens of `texts`, as `Constraints` take them."""
-    return tuple(sorted({token for text in texts for token in tokenizer.encode(text)}))
+    """The tokens of `texts`, as `Constraints` take them; a mark without text is none of them."""
+    return tuple(sorted({i for x in texts for i in tokenizer.encode(x) if tokenizer.decode([i])}))
 
 
 def forced_tokens(model):
@@ -173,7 +173,7 @@ class Generator:
         self.constraints = Constraints(
             self.tokenizer.eos_token_id, s.max_new_tokens, s.min_new_tokens,
             banned_tokens(self.tokenizer, s.ban or (paper.LINE_BREAKS if s.run else ())),
-            s.no_repeat_ngram_size, **forced_tokens(self.model))
+            s.no_repeat_ngram_size, more_ends=self.tokenizer.more_ends, **forced_tokens(self.model))
         self.random = torch.Generator(self.model.device).manual_seed(s.seed)
         self.sample = lambda logits: sample_token(logits, s.temperature, s.top_k, s.top_p,
                                                   self.random)

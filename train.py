@@ -298,7 +298,7 @@ def show(trainer, tokenizer, pair):
     s, model = trainer.settings, trainer.model
     prompt, source = pair.ids[:pair.start], tokenizer.text_of(pair.ids[:pair.start])
     constraints = Constraints(tokenizer.eos_token_id, banned_tokens=banned_tokens(tokenizer),
-                              **forced_tokens(model))
+                              more_ends=tokenizer.more_ends, **forced_tokens(model))
     print(f"\nsource     {source}")
     outputs = {"no prefix": (model, None)} if s.method == "prefix" else {}
     outputs[s.method] = run_directory.load_learned(s.out, model)

@@ -80,6 +80,7 @@ class Tokenizer:
     as in the official code; the same token ends the source and the target.
     """
     is_encoder_decoder = False
+    more_ends = ()              # tokens that end a generated text and are not learned
 
     def __init__(self, encoding):
         self.encoding, self.vocab_size = encoding, encoding.n_vocab
@@ -158,16 +159,21 @@ class JSONTokenizer(Tokenizer):
         except ImportError as error:
             raise ValueError(f"got {path}; expected the package tokenizers, which reads it; `pip "
                              "install tokenizers`") from error
-        self.encoding = tokenizers.Tokenizer.from_file(str(path))
+        try:
+            self.encoding = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:              # of no narrower kind
+            raise ValueError(f"got {path}, which is damaged ({str(error)[:80]}); expected what the "
+                             "package tokenizers writes; take the model's own file") from error
         self.encoding.encode_special_tokens = True      # typed by someone, <|im_end|> is text
         self.vocab_size = self.encoding.get_vocab_size()
-        self.max_id = self.vocab_size - 1
+        self.max_id = max(self.encoding.get_vocab().values())       # there may be gaps
         about = json.loads((directory / "config.json").read_text("utf-8"))
         ends = about.get("generation_config", {}).get("eos_token_id")
-        self.eos_token_id = ends[0] if isinstance(ends, list) else ends
-        if self.eos_token_id is None:
+        ends = ends if isinstance(ends, list) else [ends]
+        if not ends or not all(isinstance(end, int) for end in ends):
             raise ValueError(f"got {directory}, whose config.json has no eos_token_id; expected "
                              "the token that ends a text; convert the model again")
+        self.eos_token_id, self.more_ends = ends[0], tuple(ends[1:])
 
     def encode(self, text):
         return self.encoding.encode(text, add_special_tokens=False).ids

@@ -37,7 +37,7 @@ class Beams:
         """Take the best 2K continuations, best first: at most K of them end, so K can go on."""
         n = len(candidates[0].tokens)
         last = n == constraints.max_new_tokens
-        ends = [last or t.tokens[-1] == constraints.eos_token_id for t in candidates]
+        ends = [last or constraints.ended(t.tokens[-1]) for t in candidates]
         self.running = [t for t, end in zip(candidates, ends) if not end][:num_beams]
         if self.done:
             return                  # other sources of the batch are not; nothing more is finished
@@ -112,5 +112,4 @@ def beam_search(state, constraints, num_beams=5, length_penalty=1.0, early_stopp
         tree = torch.cat((past, own), 2)                                        # (B, K, N+K)
         logits = state.step(newest, tree)                                       # (B, K, V)
     best = [b.finished[0] if b.finished else Text() for b in beams]
-    end = (constraints.eos_token_id,)
-    return [(list(t.tokens[:-1] if t.tokens[-1:] == end else t.tokens), t.log_p) for t in best]
+    return [(constraints.until_end(t.tokens), t.log_p) for t in best]

@@ -1,5 +1,8 @@
 """Which tokens may come next, whatever the model predicts. Letters as in model.py."""
 import dataclasses
+import functools
+import itertools
+import operator
 
 
 def ngram_continuations(tokens, n):
@@ -18,6 +21,18 @@ class Constraints:
     no_repeat_ngram_size: int = 0   # no n tokens follow each other twice, prompt included; 0: may
     forced_bos_token_id: int | None = None      # the token that every text begins with
     forced_eos_token_id: int | None = None      # that a text of max_new_tokens tokens ends with
+    more_ends: tuple = ()           # tokens that end a text, too
+
+    def ended(self, token):
+        """Whether a token ends a text; of a tensor of tokens, which of them."""
+        return functools.reduce(operator.or_, (token == end for end in self.ends()))
+
+    def ends(self):
+        return [self.eos_token_id, *self.more_ends]
+
+    def until_end(self, tokens):
+        """The tokens up to the first end, a list."""
+        return list(itertools.takewhile(lambda token: not self.ended(token), tokens))
 
     def forced_token(self, step):
         """The token that number `step` of a text has to be, or None where there is a choice."""
@@ -38,7 +53,7 @@ class Constraints:
             return
         scores[:, list(self.banned_tokens)] = float("-inf")
         if step < self.min_new_tokens:
-            scores[:, self.eos_token_id] = float("-inf")
+            scores[:, self.ends()] = float("-inf")
         if self.no_repeat_ngram_size:
             for row, tokens in enumerate(sequences):
                 repeats = ngram_continuations(tokens, self.no_repeat_ngram_size)

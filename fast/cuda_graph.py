@@ -104,7 +104,7 @@ class Step:
         self.done = torch.zeros(B, dtype=torch.bool, device=device)             # (B,)
         self.banned, self.end = torch.zeros(2, V, dtype=torch.bool, device=device)      # (V,) each
         self.banned[list(constraints.banned_tokens)] = True
-        self.end[constraints.eos_token_id] = True
+        self.end[constraints.ends()] = True
 
     def begin(self, state, inputs, ids):
         """Put everything in place: prompts that have been read, the first tokens ids (B,)."""
@@ -118,7 +118,7 @@ class Step:
         self.cache.newest.fill_(length)
         self.tokens[:, 0] = ids
         self.n.fill_(1)
-        self.done.copy_(ids == self.constraints.eos_token_id)
+        self.done.copy_(self.constraints.ended(ids))
 
     def take(self):
         """Read the newest tokens and choose the next. Nothing here waits for what the GPU finds."""
@@ -139,7 +139,7 @@ class Step:
             last = self.n == rules.max_new_tokens - 1                           # (1,)
             ids = ids.masked_fill(last, rules.forced_eos_token_id)              # (B,)
         self.tokens.index_copy_(1, self.n, ids[:, None])
-        self.done |= ids == rules.eos_token_id
+        self.done |= rules.ended(ids)
         self.n += 1
         self.cache.newest += 1
 
@@ -158,7 +158,6 @@ class RecordedGenerate:
     def __call__(self, model, prompts, constraints, prefix, sample):
         state = DecodingState(model, prompts, prefix, constraints.max_new_tokens)
         rules = dataclasses.replace(constraints, max_new_tokens=state.max_new_tokens)
-        eos = rules.eos_token_id
         rules.apply(state.logits, 0, ())
         ids, inputs = sample(state.logits), round_up_source(state.inputs)       # (B,)
         columns = round_up(state.cache.kv.size(4))
@@ -176,4 +175,4 @@ class RecordedGenerate:
             if n % STEPS == 0 and n >= rules.min_new_tokens and step.done.all():
                 break
         rows = step.tokens[:, :rules.max_new_tokens].tolist()
-        return [row[:row.index(eos)] if eos in row else row for row in rows]
+        return [rules.until_end(row) for row in rows]

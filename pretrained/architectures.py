@@ -52,8 +52,8 @@ def bart():
 
 def llama_config(theirs):
     """A Llama's config.json, of an old or a new upload, with what it may leave out filled in."""
-    rope = theirs.get("rope_parameters") or {}
-    scaling = theirs.get("rope_scaling") or {}
+    rope, scaling = (value if isinstance(value, dict) else {"rope_type": value} for value in
+                     (theirs.get("rope_parameters"), theirs.get("rope_scaling")))
     heads, width = theirs.get("num_attention_heads"), theirs.get("hidden_size")
     filled = {"rope_theta": rope.get("rope_theta", 10000.0), "num_key_value_heads": heads,
               "tie_word_embeddings": False, "max_position_embeddings": 2048,

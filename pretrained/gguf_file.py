@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from pretrained.checkpoint import save
+from pretrained.checkpoint import UNREADABLE, describe, save
 from pretrained.hugging_face import check_names, our_config, rename
 from utils.files import atomic_write
 
@@ -32,9 +32,9 @@ def read_gguf(path):
     try:
         file = gguf.GGUFReader(path)
         return {name: field.contents() for name, field in file.fields.items()}, file.tensors
-    except (ValueError, OSError, IndexError, KeyError) as error:
-        raise ValueError(f"got {path}, which is no whole GGUF file ({str(error)[:80]}); expected "
-                         "one; download it again") from error
+    except UNREADABLE as error:
+        raise ValueError(f"got {path}, which is no whole GGUF file ({describe(error)[:80]}); "
+                         "expected one; download it again") from error
 
 
 def our_name(name):
@@ -63,35 +63,49 @@ def hugging_face_config(fields, tensors):
                         ("max_position_embeddings", "context_length"),
                         ("rms_norm_eps", "attention.layer_norm_rms_epsilon"),
                         ("rope_theta", "rope.freq_base"), ("rope_scaling", "rope.scaling.type")):
-        if f"{kind}.{field}" in fields:
+        if fields.get(f"{kind}.{field}", "none") != "none":
             about[name] = fields[f"{kind}.{field}"]
     return about
 
 
-def state_dict(tensors, config):
-    """Our state dict, in fp32, of a file's tensors."""
+def read_tensor(tensor, path):
+    """One of the file's tensors, in fp32."""
     from gguf.quants import dequantize
-    state = {}
-    for tensor in tensors:
-        name = our_name(tensor.name)
-        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        if name.endswith("q_proj.weight"):
-            weight = halves_of_pairs(weight, config.num_attention_heads)
-        elif name.endswith("k_proj.weight"):
-            weight = halves_of_pairs(weight, config.num_key_value_heads)
-        state[name] = weight
+    try:
+        return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+    except UNREADABLE as error:
+        raise ValueError(f"got {path} with {tensor.name} as {tensor.tensor_type.name}; expected "
+                         "numbers that the package gguf can read (" + describe(error)[:80] +
+                         "); choose another file of the model") from error
+
+
+def state_dict(tensors, model, classes, path):
+    """The state dict of `model`, in fp32, of a file's tensors; classes: its `Architecture`."""
+    theirs = {our_name(tensor.name): read_tensor(tensor, path) for tensor in tensors}
+    state, config = rename(theirs, model, classes, path), model.config
+    check_names(state, model, path)
+    for end, heads in (("q_proj.weight", config.num_attention_heads),
+                       ("k_proj.weight", config.num_key_value_heads)):
+        for name in state:
+            if name.endswith(end):
+                state[name] = halves_of_pairs(state[name], heads)
     return state
 
 
-def write_tokenizer(fields, path):
-    """Write the file's own vocabulary as tokenizer.json: a byte-level BPE."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    kind = fields.get("tokenizer.ggml.pre")
-    if fields.get("tokenizer.ggml.model") != "gpt2" or kind not in DIGITS_ALONE:
-        raise ValueError(f"got a GGUF file with the tokenizer {fields.get('tokenizer.ggml.model')} "
-                         f"{kind}; expected gpt2 with {' or '.join(DIGITS_ALONE)}; convert the "
-                         "model's Hugging Face directory")
-    tokens, merges = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.merges"]
+def make_tokenizer(fields):
+    """The file's own vocabulary, a byte-level BPE, as the package tokenizers has it."""
+    try:
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    except ImportError as error:
+        raise ValueError("got a GGUF file, which has a vocabulary; expected the package "
+                         "tokenizers, which writes it; `pip install tokenizers`") from error
+    model, kind, tokens, merges, types, bos, add_bos = (
+        fields.get(f"tokenizer.ggml.{name}") for name in
+        ("model", "pre", "tokens", "merges", "token_type", "bos_token_id", "add_bos_token"))
+    if model != "gpt2" or kind not in DIGITS_ALONE or not merges or not types:
+        raise ValueError(f"got a GGUF file with the tokenizer {model} {kind}; expected gpt2 with "
+                         f"{' or '.join(DIGITS_ALONE)}, its merges and types of tokens; convert "
+                         "the model's Hugging Face directory")
     bpe = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate(tokens)},
                                merges=[tuple(merge.split(" ")) for merge in merges]))
     # Every digit is cut off first, and only then GPT-2's expression cuts the pieces: two blanks
@@ -100,10 +114,13 @@ def write_tokenizer(fields, path):
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [*digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
     bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens([AddedToken(token, normalized=False) for token, kind in
-                            zip(tokens, fields["tokenizer.ggml.token_type"]) if kind != 1])
-    with atomic_write(path, "w") as file:
-        file.write(bpe.to_str())
+    bpe.add_special_tokens([AddedToken(token, normalized=False)
+                            for token, kind in zip(tokens, types) if kind != 1])
+    if add_bos and bos is not None:
+        bpe.post_processor = processors.TemplateProcessing(
+            single="bos $A",
+            special_tokens=[{"id": "bos", "ids": [bos], "tokens": [tokens[bos]]}])
+    return bpe
 
 
 def convert_gguf(path, out_directory):
@@ -111,13 +128,13 @@ def convert_gguf(path, out_directory):
     out = Path(out_directory)
     fields, tensors = read_gguf(path)
     config, classes = our_config(hugging_face_config(fields, tensors), path)
+    tokenizer = make_tokenizer(fields)
     with torch.device("meta"):
         model = classes.model(config)
-    state = rename(state_dict(tensors, config), model, classes, path)
-    check_names(state, model, path)
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(state_dict(tensors, model, classes, path), assign=True)
     names = ("bos_token_id", "eos_token_id")
     model.generation_config = {name: fields[f"tokenizer.ggml.{name}"] for name in names
                                if f"tokenizer.ggml.{name}" in fields}
-    write_tokenizer(fields, out / "tokenizer.json")
+    with atomic_write(out / "tokenizer.json", "w") as file:
+        file.write(tokenizer.to_str())
     save(model, out)

@@ -1,7 +1,8 @@
 """A prefix as the package peft stores it: a directory with adapter_config.json and its weights.
 
-For GPT-2 it is the very same numbers: one tensor `prompt_embeddings` (P, 2LC), whose column is
-((2 * layer + {K: 0, V: 1}) * H + head) * D + i. peft stores it folded, with projection (its word
+For GPT-2 and a Llama it is the very same numbers: one tensor `prompt_embeddings` (P, 2LC), whose
+column is ((2 * layer + {K: 0, V: 1}) * H + head) * D + i; of a Llama H are the key-value heads, in
+peft's `token_dim` and `num_attention_heads` too. peft stores it folded, with projection (its word
 for the MLP) or without. A BART's prefixes have no such form: peft has none for the encoder and for
 the cross attention, and lets layers of the decoder share their keys and values.
 Not here: peft itself, which is not needed. Letters as in model.py.
@@ -24,9 +25,9 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 def check_one_prefix(model, name):
     """Raise ValueError for a model whose prefixes peft's format cannot hold."""
     if model.is_encoder_decoder:
-        raise ValueError(f"got {name}, a {model.architecture}; expected a GPT-2: peft's format has "
-                         "no place for prefixes of the encoder and of the cross attention, and its "
-                         "decoder layers share theirs; keep it as prefix.pt")
+        raise ValueError(f"got {name}, a {model.architecture}; expected a GPT-2 or a Llama: peft's "
+                         "format has no place for prefixes of the encoder and of the cross "
+                         "attention, and its decoder layers share theirs; keep it as prefix.pt")
 
 
 def safetensors():

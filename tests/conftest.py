@@ -153,3 +153,18 @@ def real_data():
     if not folder or not Path(folder).is_dir():
         pytest.skip("set PREFIX_TUNING_DATA to a folder with e2e/, webnlg/ and dart/ to run this")
     return Path(folder)
+
+
+@pytest.fixture
+def bytes_tokenizer():
+    """A byte-level tokenizer.json of the package tokenizers: three special tokens, then bytes."""
+    tokenizers = pytest.importorskip("tokenizers", reason="it reads tokenizer.json: pip install "
+                                                          "tokenizers")
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words = ["<s>", "</s>", "<|im_end|>", *letters]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(
+        vocab={word: n for n, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(words[:3])
+    return tokenizer

@@ -3,26 +3,37 @@
 The language model is frozen. In front of the keys and values of every layer stand P more, the
 prefix. A table and an MLP compute them, and only these two learn (Li & Liang 2021, section 4).
 A GPT-2 has one prefix. A BART has three: in its encoder, in its decoder, and in the attention from
-decoder to encoder. Every test here is run with both, on random weights in float64.
+decoder to encoder. A Llama has one, for its few key-value heads. Every test here is run with
+all three, on random weights in float64.
 """
 import pytest
 import torch
-from conftest import batch_of, random_bart, random_gpt2, some_pairs, some_prefix, some_trainer
+from conftest import (
+    batch_of,
+    random_bart,
+    random_gpt2,
+    random_llama,
+    some_pairs,
+    some_prefix,
+    some_trainer,
+)
 from torch import nn
 
 from data.batches import Pair
 from prefix import Prefix, target_loss, tensors_of
 
-MODELS = {"gpt2": random_gpt2, "bart": random_bart}
+MODELS = {"gpt2": random_gpt2, "bart": random_bart, "llama": random_llama}
 TINY = {    # so small that every derivative can be checked one by one
     "gpt2": dict(vocab_size=17, n_positions=16, n_embd=4, n_layer=2, n_head=2),
-    "bart": dict(vocab_size=17, positions=16, d_model=4, encoder_layers=1, decoder_layers=2)}
+    "bart": dict(vocab_size=17, positions=16, d_model=4, encoder_layers=1, decoder_layers=2),
+    "llama": dict(vocab_size=17, n_layer=2, heads=2, kv_heads=1, head_dim=2, width=4)}
 
 
 @pytest.fixture(params=MODELS)
 def architecture(request):
-    if request.param == "bart":
-        pytest.importorskip("bart.model", reason="the folder bart/ is not here")
+    if request.param != "gpt2":
+        pytest.importorskip(f"{request.param}.model",
+                            reason=f"the folder {request.param}/ is not here")
     return request.param
 
 
@@ -82,8 +93,8 @@ def test_the_loss_falls(model):
     """On four pairs, learned by heart. Would catch: a gradient with the wrong sign, a prefix that
     is trained and never put in front of the text.
     """
-    trainer = some_trainer(model, steps=20, lr=3e-2)
-    losses = [trainer.train_step(some_pairs(4)).item() for _ in range(20)]
+    trainer = some_trainer(model, steps=40, lr=3e-2)
+    losses = [trainer.train_step(some_pairs(4)).item() for _ in range(40)]
     assert losses[-1] < 0.5 * losses[0]
 
 

@@ -139,7 +139,7 @@ def test_what_has_no_such_form_is_refused(run, tmp_path, model_directory, monkey
         convert.main(["--run", str(model_directory), "--to-peft", str(tmp_path / "peft")])
     bart = random_bart()
     monkeypatch.setattr(peft_adapter, "load_run", lambda *_: (bart, None, bart.empty_prefix()))
-    with pytest.raises(ValueError, match="a bart; expected a GPT-2: peft's format has no place"):
+    with pytest.raises(ValueError, match="a bart; expected a GPT-2 or a Llama: peft's format has"):
         convert.main(["--run", str(run), "--to-peft", str(tmp_path / "peft")])
 
 

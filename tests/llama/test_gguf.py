@@ -7,15 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from gguf_cases import MERGES, SPECIAL, TOKENS, ByHand, fuzzed, write_gguf
 from llama_cases import SHAPES, difference, in_ours, their_llama
 
 from data.tokenizer import load_tokenizer
+from decoding.constraints import Constraints
 from llama.model import Llama, LlamaConfig
 from pretrained import convert as program
 from pretrained.checkpoint import load
 from pretrained.gguf_file import convert_gguf, make_tokenizer, read_gguf
 from pretrained.hub import PACKAGES
+from pretrained.run_directory import load_prefix
+from sample import generate
 from utils.cli import run_program
 
 gguf = pytest.importorskip("gguf", reason="it reads and writes GGUF: pip install gguf")
@@ -201,6 +205,14 @@ def smollm2():
     return Path(found.submodule_search_locations[0]) / file
 
 
+@pytest.fixture(scope="session")
+def smollm2_directory(smollm2, tmp_path_factory):
+    """The same, converted."""
+    directory = tmp_path_factory.mktemp("weights") / "smollm2"
+    convert_gguf(smollm2, directory)
+    return directory
+
+
 def test_smollm2_has_the_published_number_of_parameters():
     """Would catch: a layer too many, a head that is not tied, defaults of another model."""
     with torch.device("meta"):
@@ -219,12 +231,11 @@ def test_smollm2s_tokens_are_those_of_bpe_by_hand(smollm2, tmp_path):
 
 
 @pytest.mark.slow
-def test_smollm2s_logits_are_those_of_transformers(smollm2, tmp_path):
+def test_smollm2s_logits_are_those_of_transformers(smollm2, smollm2_directory):
     """From the same file. Would catch: whatever random weights do not show."""
     transformers = pytest.importorskip("transformers",
                                        reason="the oracle: pip install transformers")
-    convert_gguf(smollm2, tmp_path / "out")
-    ours, tokenizer = load(tmp_path / "out"), load_tokenizer(tmp_path / "out")
+    ours, tokenizer = load(smollm2_directory), load_tokenizer(smollm2_directory)
     assert sum(weight.numel() for weight in ours.parameters()) == PARAMETERS
     text = ("The Vaults is a pub near Café Adriatic with a 5 star rating. Prices start at £30, "
             "and it is not family-friendly. " * 3)
@@ -238,3 +249,20 @@ def test_smollm2s_logits_are_those_of_transformers(smollm2, tmp_path):
         theirs = transformers.LlamaForCausalLM.from_pretrained(
             smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32).eval()
         assert difference(found, theirs(ids).logits) < 1e-5                     # fp32
+
+
+@pytest.mark.slow
+def test_the_trained_prefix_writes_about_its_table(smollm2_directory):
+    """Would catch: a prefix in the repository that no longer belongs to the model that is made of
+    the package, or that is put in front of it in another way than it was trained. The food, which
+    greedy decoding leaves out here, is not asked for.
+    """
+    model, tokenizer = load(smollm2_directory), load_tokenizer(smollm2_directory)
+    prefix = load_prefix(ROOT / "prefixes/smollm2-e2e/prefix.pt", model)
+    source = ("name : Blue Spice | Type : restaurant | food : Thai | price : cheap | area : city "
+              "centre | near : The Portland Arms")
+    constraints = Constraints(tokenizer.eos_token_id, max_new_tokens=40)
+    ids, = generate(model, [tokenizer.source_ids(source)], constraints, prefix)
+    text = tokenizer.text_of(ids)
+    for value in ("Blue Spice", "restaurant", "cheap", "city centre", "The Portland Arms"):
+        assert value in text, text

@@ -10,6 +10,7 @@ A run is a directory (pretrained/run_directory.py), and sample.py decodes with i
 prefix and its loss are (prefix.py), the paper's other methods (baselines/), faster forms of the
 same step (fast/), scores (scripts/evaluate.py).
 """
+import copy
 import dataclasses
 import hashlib
 import math
@@ -104,9 +105,8 @@ class Settings:
 def resolve(args):
     """The settings of a new run with everything that was left out filled in."""
     if args.start_from and "model" not in args.given:
-        given, name = args.given, run_directory.run_settings(args.start_from)["model"]
-        args = dataclasses.replace(args, model=name)
-        args.given = given
+        args = copy.copy(args)
+        args.model = run_directory.run_settings(args.start_from)["model"]
     return paper.resolve_training(args)
 
 
@@ -233,12 +233,11 @@ class Trainer:
 
     def check_finite(self, loss):
         if not math.isfinite(loss):
-            advice = "look at the model's weights"
-            if self.first_loss is not None:
-                advice = (f"the last good {self.settings.method} is saved in {self.settings.out}; "
-                        "start again with a lower --lr")
+            advice = "look at the model's weights" if self.first_loss is None else (
+                f"the last good {self.settings.method} is saved in {self.settings.out}; start "
+                "again with a lower --lr")
             raise ValueError(f"got a loss of {loss} at step {self.step}, expected a finite number; "
-                             + advice)
+                             f"{advice}")
 
     def log(self, **values):
         run_directory.append_log(self.settings.out, step=self.step, **values)

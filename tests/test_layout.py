@@ -119,7 +119,7 @@ def test_the_demo_runs_without_the_optional_rooms(tmp_path):
 
 
 def test_files_functions_and_lines_stay_short():
-    """350 lines for each of the four files and 450 for others, 60 a function, 100 columns.
+    """Under 350 lines for each of the four files, 450 for others, 60 a function, 100 columns.
 
     For the reader's sake.
     """
@@ -134,7 +134,7 @@ def test_files_functions_and_lines_stay_short():
                 assert length <= most, f"{path.name}: {node.name} has {length} lines"
     for path in sources():
         lines = len(path.read_text("utf-8").splitlines())
-        assert lines <= (350 if path.name in TOP and path.parent == ROOT else 450), path.name
+        assert lines <= (349 if path.name in TOP and path.parent == ROOT else 450), path.name
 
 
 @pytest.mark.parametrize("path", sources(), ids=by_name)

@@ -1,4 +1,9 @@
-"""An example: one source and all its references. Text only."""
+"""An example: one source and all its references, and the one check of what may be text in it.
+
+Every reader of a file yields rows (where, source, targets, topic), `where` being the file with the
+line or the entry; `examples` looks at all of them. Text only.
+"""
+import sys
 from dataclasses import dataclass
 
 
@@ -7,3 +12,67 @@ class Example:
     source: str
     targets: tuple[str, ...]        # several references; training takes each as a pair of its own
     topic: str = ""                 # WebNLG's category, or the "topic" of a line of JSON
+
+
+def short(value):
+    """`value` as a message shows it: a whole file may stand on one line."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def check_text(text, what, where):
+    """Raise ValueError for what is no text that a model could read or generate."""
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where}: got the {what} {short(text)}, expected text that is not blank; "
+                         "mend or delete it")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:                     # "\ud83d" alone is legal JSON
+        raise ValueError(f"{where}: got a {what} with half a character ({error.reason}), expected "
+                         "text; mend or delete it") from error
+
+
+def examples(rows):
+    """An Example for each of a reader's `rows`; a ValueError for what is no text in one."""
+    found = []
+    for where, source, targets, topic in rows:
+        if not targets:
+            raise ValueError(f"{where}: got no target, expected at least one text; mend or delete "
+                             "it")
+        check_text(source, "source", where)
+        for text in targets:
+            check_text(text, "target", where)
+        if topic not in ("", None):
+            check_text(topic, "topic", where)
+        found.append(Example(source, tuple(targets), topic or ""))
+    return found
+
+
+def is_blank(text):
+    return isinstance(text, str) and not text.strip()
+
+
+def without_blanks(rows, path):
+    """The rows of a release that is known to have blank texts, without them; stderr says how many.
+
+    path: the file or the folder of it, for that note.
+    """
+    n_targets = n_rows = 0
+    for where, source, targets, topic in rows:
+        texts = [text for text in targets if not is_blank(text)]
+        n_targets += len(targets) - len(texts)
+        if texts and not is_blank(source):
+            yield where, source, texts, topic
+        else:
+            n_rows += 1
+    if n_targets or n_rows:
+        print(f"{path}: left out {n_targets} blank targets, {n_rows} examples without source or "
+              "target", file=sys.stderr)
+
+
+def gather(found):
+    """One Example for each distinct source and topic, in order, with the targets of all of them."""
+    targets = {}
+    for example in found:
+        targets.setdefault((example.source, example.topic), []).extend(example.targets)
+    return [Example(source, tuple(texts), topic) for (source, topic), texts in targets.items()]

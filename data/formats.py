@@ -1,11 +1,12 @@
 """The files of the data sets, read and written out as text: E2E, WebNLG 2017, DART, and your own.
 
-Every reader takes a path and returns rows (source, targets, topic): a table as one line of text,
-its references, and its category where it has one. The lines of text are those of the paper's
-official code. A gzip file is read as it is. What is malformed is a ValueError that names the file
-and the line, or the entry where a file is one single document.
+Every reader takes a path and yields rows (where, source, targets, topic): the file and the line, or
+the entry of a file that is one document; a table as one line of text, its references, its category
+where it has one. The lines of text are those of the paper's official code. A reader looks at the
+layout only: example.py looks at the texts. What is malformed is a ValueError.
 Not here: where the files are and which split is which (tasks.py).
 """
+import contextlib
 import csv
 import gzip
 import io
@@ -13,6 +14,11 @@ import json
 import xml.etree.ElementTree as ElementTree
 import zlib
 from pathlib import Path
+
+from data.example import check_text, short
+
+# What packed files begin with, and what unpacks them.
+PACKED = {b"PK\x03\x04": "unzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"(\xb5/\xfd": "unzstd"}
 
 
 def find(folder, names):
@@ -37,8 +43,12 @@ def read_text(path):
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: got a damaged gzip file ({error}), expected a whole one; "
                              "copy or download it again") from error
-    try:
-        return raw.decode("utf-8").removeprefix("\ufeff")   # the byte order mark of some editors
+    for start, command in PACKED.items():
+        if raw.startswith(start):
+            raise ValueError(f"{path}: got a packed file, expected a plain or a gzip one; unpack "
+                             f"it with `{command}`")
+    try:        # without the byte order mark and the line ends of some editors
+        return raw.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}, line {line}: got the byte {raw[error.start]:#04x}, expected "
@@ -58,13 +68,23 @@ def parse_json(text, path, line=1):
 
 
 def json_lines(path):
-    """(line number, what it holds) for every line that is not blank.
+    """(where, what it holds) for every line that is not blank.
 
     Split at newlines only: str.splitlines would also cut at U+2028 and others inside a text.
     """
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
-            yield number, parse_json(line, path, number)
+            yield f"{path}, line {number}", parse_json(line, path, number)
+
+
+@contextlib.contextmanager
+def layout(where, expected):
+    """What goes wrong inside, as a ValueError that says which layout was expected at `where`."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{where}: got another layout ({type(error).__name__} {error}), expected "
+                         f"{expected}; take the official file") from error
 
 
 # ---- E2E: a CSV file with a line for each pair of a table and a reference
@@ -78,19 +98,23 @@ def e2e_source(table):
     for slot in table.removesuffix("]").split("], "):
         name, bracket, value = slot.partition("[")
         if not (name.strip() and bracket and value.strip()) or set("[]") & set(value):
-            raise ValueError(f"got the table {table!r}, expected the form 'name[Alimentum], "
+            raise ValueError(f"got the table {short(table)}, expected the form 'name[Alimentum], "
                              "food[Thai]'")
         parts.append(f"{E2E_NAMES.get(name, name)} : {value}")
     return " | ".join(parts)
 
 
 def csv_rows(path):
-    """(number of its first line, fields) of every row; a quoted field may span several lines."""
+    """(number of its first line, fields) of every row; a quoted field may span several lines.
+
+    A line without anything is no row: some editors leave one at the end.
+    """
     rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     line = 1
     try:
         for row in rows:
-            yield line, row
+            if any(field.strip() for field in row):
+                yield line, row
             line = rows.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{path}, line {line}: got {error}, expected CSV whose quotes are closed; "
@@ -98,148 +122,137 @@ def csv_rows(path):
 
 
 def read_e2e(path):
-    """One row for each distinct table, in order of first appearance, with all its references.
+    """A row for each line: `gather` makes one of each distinct table, with all its references.
 
     A run of white space in a reference becomes one blank, as in the authors' rendering.
     Differs from the paper: otherwise references and tables stay as typed ("£20-25"), where the
     authors' are tokenised ("£ 20 - 25", "a pub ."). Without its white space, all is equal.
     """
-    references = {}
-    for line, row in csv_rows(path):
-        if line == 1:
-            if row != ["mr", "ref"]:
-                raise ValueError(f"{path}, line 1: got the header {','.join(row)!r}, expected "
-                                 "'mr,ref'; take the official file, for test testset_w_refs.csv")
-            continue
-        if len(row) != 2 or not row[1].strip():
-            raise ValueError(f"{path}, line {line}: got {row!r}, expected a table and its "
-                             "reference; mend or delete that line")
+    rows = csv_rows(path)
+    line, header = next(rows, (1, []))
+    if header != ["mr", "ref"]:
+        raise ValueError(f"{path}, line {line}: got the header {short(','.join(header))}, expected "
+                         "'mr,ref'; take the official file, for test testset_w_refs.csv")
+    for line, row in rows:
+        where = f"{path}, line {line}"
+        if len(row) != 2:
+            raise ValueError(f"{where}: got {short(row)}, expected a table and its reference; mend "
+                             "or delete that line")
         try:
             source = e2e_source(row[0])
         except ValueError as error:
-            raise ValueError(f"{path}, line {line}: {error}; mend or delete that line") from error
-        references.setdefault(source, []).append(" ".join(row[1].split()))
-    return [(source, tuple(texts), "") for source, texts in references.items()]
+            raise ValueError(f"{where}: {error}; mend or delete that line") from error
+        yield where, source, [" ".join(row[1].split())], ""
 
 
 # ---- WebNLG 2017: one JSON file a split, or the release's tree of XML files
 
+def checked_triples(triples, where):
+    """`triples`, each of three texts: subject, relation, object."""
+    if not triples or not all(isinstance(t, (list, tuple)) and len(t) == 3 for t in triples):
+        raise ValueError(f"{where}: got the triples {short(triples)}, expected subject, relation, "
+                         "object of each; take the official file")
+    for part in (part for triple in triples for part in triple):
+        check_text(part, "part of a triple", where)
+    return triples
+
+
 def webnlg_json(path):
     """(where, category, triples, [(text, comment)]) of every entry of the authors' JSON file."""
-    data, where = parse_json(read_text(path), path), path
-    try:
-        for number, numbered in enumerate(data["entries"], 1):
-            where = f"{path}, entry {number}"
+    expected = ('{"entries": [{"1": {"category", "modifiedtripleset", "lexicalisations": [{"lex", '
+                '"comment"}]}}]}')
+    data = parse_json(read_text(path), path)
+    with layout(path, expected):
+        entries = list(data["entries"])
+    for number, numbered in enumerate(entries, 1):
+        where = f"{path}, entry {number}"
+        with layout(where, expected):
             (entry,) = numbered.values()                                    # {"17": {...}}
             triples = [(t["subject"], t["property"], t["object"])
                        for t in entry["modifiedtripleset"]]
             texts = [(text["lex"], text["comment"]) for text in entry["lexicalisations"]]
-            yield where, entry["category"], triples, texts
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{where}: got another layout ({type(error).__name__} {error}), expected "
-                         '{"entries": [{"1": {"category", "modifiedtripleset", "lexicalisations"}}]'
-                         "}; take the official file") from error
+            category = entry["category"]
+        yield where, category, triples, texts
 
 
 def webnlg_xml(path):
-    """The same of one XML file, or of every .xml file below a directory in the order of names."""
+    """The same of one XML file, or of every .xml file below a directory in the order of names.
+
+    The enriched releases (1.6, 2.0) have a <text> inside of <lex>, beside its analysis.
+    """
     for file in sorted(path.rglob("*.xml")) if path.is_dir() else [path]:
-        try:
-            entries = ElementTree.fromstring(read_text(file).encode()).iter("entry")
+        try:        # of text, not of bytes: an encoding that the file declares is not asked then
+            entries = ElementTree.fromstring(read_text(file)).iter("entry")
         except ElementTree.ParseError as error:
             raise ValueError(f"{file}, line {error.position[0]}: got no XML ({error}), expected "
                              "WebNLG's XML; take the official file") from error
         for entry in entries:
-            triples = [tuple((triple.text or "").split(" | "))
+            triples = [(triple.text or "").split(" | ")
                        for triple in entry.iterfind("modifiedtripleset/mtriple")]
-            texts = [(lex.text or "", lex.get("comment")) for lex in entry.iterfind("lex")]
+            texts = [(lex.findtext("text", lex.text), lex.get("comment"))
+                     for lex in entry.iterfind("lex")]
             yield f"{file}, entry {entry.get('eid')}", entry.get("category"), triples, texts
 
 
 def read_webnlg(path, good_only):
-    """One row for each entry of a JSON file, an XML file or a directory of XML; topic = category.
+    """A row for each entry of a JSON file, an XML file or a directory of XML; topic = category.
 
     good_only: leave out texts that the makers marked "toFix", and an entry that has no other. The
     authors train on the good ones only; as references all count.
     """
-    rows = []
     xml = path.is_dir() or path.name.removesuffix(".gz").endswith(".xml")
     for where, category, triples, texts in webnlg_xml(path) if xml else webnlg_json(path):
-        if not category or not triples or any(len(triple) != 3 for triple in triples):
-            raise ValueError(f"{where}: got the category {category!r} and the triples {triples!r}, "
-                             "expected subject, property, object of each; take the official file")
+        check_text(category, "category", where)
         # The first triple has a bar too; underscores and quotation marks stay: both as the authors.
-        source = "".join(f" | {subject} : {relation} : {obj}" for subject, relation, obj in triples)
-        good = tuple(text for text, comment in texts if comment == "good" or not good_only)
+        source = "".join(f" | {subject} : {relation} : {obj}"
+                         for subject, relation, obj in checked_triples(triples, where))
+        good = [text for text, comment in texts if comment == "good" or not good_only]
         if good:
-            rows.append((source, good, category))
-    return rows
+            yield where, source, good, category
 
 
 # ---- DART: one JSON list a split, or its entries one a line
 
 def read_dart(path):
-    """One row for each entry. A blank text is left out (the official test set has one)."""
+    """A row for each entry. The official test set has one blank text."""
     if path.name.removesuffix(".gz").endswith(".jsonl"):
-        entries = [(f"{path}, line {number}", entry) for number, entry in json_lines(path)]
+        entries = json_lines(path)
     else:
         data = parse_json(read_text(path), path)
         if not isinstance(data, list):
             raise ValueError(f"{path}: got a {type(data).__name__}, expected a list of entries; "
                              "take the official file")
         entries = [(f"{path}, entry {number}", entry) for number, entry in enumerate(data, 1)]
-    rows = []
     for where, entry in entries:
-        try:
-            source = " | ".join(f"{subject} : {relation.lower()} : {obj}"
-                                for subject, relation, obj in entry["tripleset"])
-            texts = tuple(a["text"] for a in entry["annotations"] if a["text"].strip())
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{where}: got another layout ({type(error).__name__} {error}), "
-                             'expected {"tripleset": [[s, r, o]], "annotations": [{"text": ...}]}; '
-                             "take the official file") from error
-        if texts:
-            rows.append((source, texts, ""))
-    return rows
+        with layout(where, '{"tripleset": [[s, r, o]], "annotations": [{"text": ...}]}'):
+            triples, texts = entry["tripleset"], [a["text"] for a in entry["annotations"]]
+        yield where, " | ".join(f"{subject} : {relation.lower()} : {obj}" for subject, relation, obj
+                                in checked_triples(triples, where)), texts, ""
 
 
 # ---- Your own: one {"source": ..., "target": ..., "topic": ...} a line
 
-def check_text(text, key, where):
-    """Raise ValueError for what is no text that a model could read or generate."""
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where}: got the {key} {text!r}, expected text that is not blank; mend "
-                         "or delete that line")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:                     # "\ud83d" alone is legal JSON
-        raise ValueError(f"{where}: got a {key} with half a character ({error.reason}), expected "
-                         "text; mend or delete that line") from error
-
-
-def read_jsonl(path, need=("source", "target")):
-    """The objects of a JSONL file, each with the keys in `need`; "target" becomes a list of texts.
-
-    Other keys are left alone, except that a "topic" has to be text.
-    """
-    rows = []
-    for number, row in json_lines(path):
-        where, expected = f"{path}, line {number}", " and ".join(f'"{key}"' for key in need)
-        if not isinstance(row, dict) or not set(need) <= row.keys():
-            got = f"the keys {', '.join(row) or 'of none'}" if isinstance(row, dict) else f"{row!r}"
-            raise ValueError(f"{where}: got {got}, expected an object with {expected}; rename or "
-                             "add what is missing")
-        if "target" in need and not isinstance(row["target"], list):
-            row["target"] = [row["target"]]
-        if row.get("target") == []:
-            raise ValueError(f"{where}: got an empty list as target, expected at least one text; "
-                             "mend or delete that line")
-        for key in need:
-            for text in row[key] if key == "target" else [row[key]]:
-                check_text(text, key, where)
-        if row.get("topic"):
-            check_text(row["topic"], "topic", where)
-        rows.append(row)
-    if not rows:
+def json_objects(path, need):
+    """(where, object) for every line of a JSONL file; each has the keys in `need`."""
+    lines = list(json_lines(path))
+    if not lines:
         raise ValueError(f"{path}: got an empty file, expected one JSON object a line")
-    return rows
+    for where, row in lines:
+        if not isinstance(row, dict) or not set(need) <= row.keys():
+            got = (f"the keys {short(list(row))}" if isinstance(row, dict) else
+                   f"a {type(row).__name__}, {short(row)}")
+            raise ValueError(f"{where}: got {got}, expected an object with "
+                             + " and ".join(f'"{key}"' for key in need)
+                             + " on each line; rename or add what is missing")
+        yield where, row
+
+
+def as_list(value):
+    """One text, or a list of them, as a list."""
+    return value if isinstance(value, list) else [value]
+
+
+def read_jsonl(path):
+    """A row for each line: "target" is a text or a list of texts. Other keys are left alone."""
+    for where, row in json_objects(path, ("source", "target")):
+        yield where, row["source"], as_list(row["target"]), row.get("topic")

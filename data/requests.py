@@ -2,6 +2,7 @@
 from pathlib import Path
 
 from data import formats
+from data.example import check_text, short
 
 
 def find_run(name, runs, where):
@@ -13,8 +14,8 @@ def find_run(name, runs, where):
         return runs[0] if runs else None
     fits = [run for run in runs if name in (run, Path(run).name)]
     if len(fits) != 1:
-        raise ValueError(f"{where}: got the run {name!r}; expected one of {', '.join(runs)}; write "
-                         'it as in --run, {"source": ..., "run": ...}')
+        raise ValueError(f"{where}: got the run {short(name)}; expected one of {', '.join(runs)}; "
+                         'write it as in --run, {"source": ..., "run": ...}')
     return fits[0]
 
 
@@ -23,18 +24,16 @@ def read_requests(path, runs):
     each line where it is JSON lines. Raises ValueError for a line that is no source.
     """
     if path.name.removesuffix(".gz").endswith(".jsonl"):
-        rows = formats.read_jsonl(path, need=("source",))
-        return ([row["source"] for row in rows],
-                [find_run(row.get("run"), runs, f"{path}, source {row['source'][:40]!r}")
-                 for row in rows])
-    if len(runs) > 1:
+        rows = list(formats.json_objects(path, ("source",)))
+        sources = [(where, row["source"]) for where, row in rows]
+        named = [find_run(row.get("run"), runs, where) for where, row in rows]
+    elif len(runs) > 1:
         raise ValueError(f"got --input {path} and several --run; expected a .jsonl file whose "
                          'lines name their run, {"source": ..., "run": ...}')
-    lines = [line.removesuffix("\r") for line in formats.read_text(path).rstrip().split("\n")]
-    if lines == [""]:
-        raise ValueError(f"got {path}, which is empty; expected one source a line")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():            # dropped, it would shift every text after it by one line
-            raise ValueError(f"{path}, line {number}: got a blank line, expected a source; "
-                             "delete it")
-    return lines, runs * len(lines)
+    else:
+        lines = formats.read_text(path).rstrip().split("\n")
+        sources = [(f"{path}, line {number}", line) for number, line in enumerate(lines, 1)]
+        named = runs * len(lines)
+    for where, source in sources:       # dropped, a blank one would shift all texts after it
+        check_text(source, "source", where)
+    return [source for _, source in sources], named

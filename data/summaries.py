@@ -26,7 +26,8 @@ BUTTONS = {"Share this with", "Email", "Facebook", "Messenger", "Twitter", "Pint
 
 
 def one_line(text):
-    return " ".join(text.split())
+    """The text on one line. What is no text stays what it is: example.py refuses it."""
+    return " ".join(text.split()) if isinstance(text, str) else text
 
 
 def topic_of(address):
@@ -41,13 +42,13 @@ def stem_of(split):
 
 
 def read_lines(source, target):
-    """Rows of two files whose lines belong together; an article without text is left out."""
+    """Rows of two files whose lines belong together."""
     texts = [formats.read_text(path).removesuffix("\n").split("\n") for path in (source, target)]
     if len(texts[0]) != len(texts[1]):
         raise ValueError(f"got {len(texts[0])} lines in {source} and {len(texts[1])} in {target}, "
                          "expected as many; take both from one download")
-    return [(one_line(article), (one_line(summary),), "") for article, summary in zip(*texts)
-            if article.strip() and summary.strip()]
+    for number, (article, summary) in enumerate(zip(*texts), 1):
+        yield f"{source}, line {number}", one_line(article), [one_line(summary)], ""
 
 
 def read_article(path):
@@ -59,7 +60,7 @@ def read_article(path):
                          "URL, FIRST-SENTENCE and RESTBODY; take the official release")
     lines = [line.strip() for line in sections["RESTBODY"].splitlines()]
     body = " ".join(line for line in lines if line not in BUTTONS)
-    return one_line(body), (one_line(sections["FIRST-SENTENCE"]),), topic_of(sections["URL"])
+    return path, one_line(body), [one_line(sections["FIRST-SENTENCE"])], topic_of(sections["URL"])
 
 
 def read_release(folder, split):
@@ -70,14 +71,12 @@ def read_release(folder, split):
     if not isinstance(listed, dict) or not isinstance(listed.get(name), list):
         raise ValueError(f"{path}: got no list {name!r}, expected the numbers of its articles; "
                          "take the official file")
-    rows = []
     for number in listed[name]:
         article = folder / "bbc-summary-data" / f"{number}.summary"
         if not article.is_file():
             raise ValueError(f"got no {article}, expected every article that {path.name} names; "
                              f"fetch {XSUM}")
-        rows.append(read_article(article))
-    return [row for row in rows if row[0] and row[1][0]]
+        yield read_article(article)
 
 
 def read_xsum(name, split, folders):
@@ -93,7 +92,7 @@ def read_xsum(name, split, folders):
                       # "news/" alone is an address without a topic: on neither side.
                       ("xsum-within-news", True): lambda topic: (
                           topic.startswith("news/") and topic not in (*LEARNED_NEWS, "news/"))}
-            return [row for row in rows if wanted[name, split == "test"](row[2])]
+            return (row for row in rows if wanted[name, split == "test"](row[3]))
         pair = [formats.find(folder, (f"{stem_of(split)}.{side}",))
                 for side in ("source", "target")]
         if all(pair):
@@ -107,30 +106,18 @@ def read_xsum(name, split, folders):
 
 def read_dialogsum(path):
     """A dialogue on one line, its summaries (three in test), its topic."""
-    rows = []
-    for row in formats.read_jsonl(path, need=("dialogue",)):
+    for where, row in formats.json_objects(path, ("dialogue",)):
         texts = [row[key] for key in ("summary", "summary1", "summary2", "summary3") if key in row]
-        for text in texts or [None]:
-            formats.check_text(text, "summary", f"{path}, {row.get('fname')}")
-        topic = row.get("topic") or row.get("topic1") or ""
-        rows.append((one_line(row["dialogue"]), tuple(map(one_line, texts)), topic))
-    return rows
+        topic = row.get("topic", row.get("topic1"))
+        yield where, one_line(row["dialogue"]), [one_line(text) for text in texts], topic
 
 
 def read_scitldr(path):
     """An abstract, its sentences in one, and its one-sentence summaries."""
-    rows = []
-    for number, row in formats.json_lines(path):
-        try:
-            source = one_line(" ".join(row["source"]))
-            targets = tuple(one_line(text) for text in row["target"] if text.strip())
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}, line {number}: got another layout ({type(error).__name__} "
-                             f"{error}), expected \"source\" and \"target\", lists of sentences; "
-                             "take the official file") from error
-        if source and targets:
-            rows.append((source, targets, ""))
-    return rows
+    for where, row in formats.json_objects(path, ("source", "target")):
+        with formats.layout(where, '"source" and "target", lists of sentences'):
+            source = one_line(" ".join(formats.as_list(row["source"])))
+        yield where, source, [one_line(text) for text in formats.as_list(row["target"])], ""
 
 
 def rows_of(name, split, data_dir):

@@ -13,7 +13,7 @@ import hashlib
 from pathlib import Path
 
 from data import formats, summaries
-from data.example import Example
+from data.example import examples, gather, without_blanks
 from data.toy_world import headlines, tables
 from utils.files import download
 
@@ -96,16 +96,13 @@ def official_file(name, split, data_dir):
                      "--data-dir out")
 
 
-def jsonl_rows(path):
-    """One row for each distinct source (and topic): targets of lines that agree are gathered."""
-    targets = {}
-    for row in formats.read_jsonl(path):
-        targets.setdefault((row["source"], row.get("topic") or ""), []).extend(row["target"])
-    return [(source, tuple(texts), topic) for (source, topic), texts in targets.items()]
+def jsonl_examples(path):
+    """One Example for each distinct source and topic of your own file."""
+    return gather(examples(formats.read_jsonl(path)))
 
 
 def jsonl_split(path, split, seed):
-    """The rows of one split of your own file, say my.jsonl.
+    """The Examples of one split of your own file, say my.jsonl.
 
     test is my.test.jsonl beside it. dev is my.dev.jsonl beside it; where there is none, a tenth of
     the distinct sources of my.jsonl (at least 1, at most 500) is held out of train, chosen by a
@@ -116,20 +113,20 @@ def jsonl_split(path, split, seed):
     beside = {part: formats.find(path.parent, (f"{stem}.{part}.jsonl",))
               for part in ("dev", "test")}
     if beside.get(split):
-        return jsonl_rows(beside[split])
+        return jsonl_examples(beside[split])
     if split == "test":
         raise ValueError(f"got no test split for {path}, expected {stem}.test.jsonl beside it; put "
                          "it there, or choose the split dev")
-    rows = jsonl_rows(path)
+    both = jsonl_examples(path)
     if beside["dev"]:
-        return rows
-    sources = sorted({source for source, _, _ in rows},
+        return both
+    sources = sorted({example.source for example in both},
                      key=lambda source: hashlib.sha256(f"{seed} {source}".encode()).digest())
     if len(sources) == 1:
         raise ValueError(f"{path}: got one distinct source, expected two, so that one can be held "
                          f"out for dev; add lines, or put {stem}.dev.jsonl beside it")
     held_out = set(sources[:min(500, max(1, len(sources) // 10))])
-    return [row for row in rows if (row[0] in held_out) == (split == "dev")]
+    return [example for example in both if (example.source in held_out) == (split == "dev")]
 
 
 def load(name, split, data_dir=None, seed=0):
@@ -157,17 +154,18 @@ def load(name, split, data_dir=None, seed=0):
         path = Path(name)
         if not path.is_file():
             raise ValueError(f"got {name}, which is no file, expected JSONL; check the path")
-        rows = jsonl_split(path, split, seed)
+        found = jsonl_split(path, split, seed)
     elif name in summaries.NAMES:
         path, rows = data_dir, summaries.rows_of(name, split, data_dir)
+        found = examples(rows if name == "dialogsum" else without_blanks(rows, path))
     elif name in NAMES:
         path = official_file(name, split, data_dir)
-        rows = (formats.read_e2e(path) if name == "e2e" else
-                formats.read_dart(path) if name == "dart" else
-                formats.read_webnlg(path, good_only=split == "train"))
+        found = (gather(examples(formats.read_e2e(path))) if name == "e2e" else
+                 examples(without_blanks(formats.read_dart(path), path)) if name == "dart" else
+                 examples(formats.read_webnlg(path, good_only=split == "train")))
     else:
         raise ValueError(f"got the data {name!r}, expected the path of a .jsonl file or one of "
                          + guess(name, NAMES))
-    if not rows:
+    if not found:
         raise ValueError(f"{path}: got no example, expected at least one; take the official file")
-    return [Example(*row) for row in rows]
+    return found

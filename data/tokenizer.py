@@ -3,13 +3,15 @@
 Both are byte-level BPE with GPT-2's rule for cutting text into words, so that any text can be
 encoded and comes back the same. The bundled models have a small vocabulary in a file
 `tokenizer.tiktoken`, in tiktoken's format: a line for each token with its bytes in base64, a blank,
-and its number. BART has GPT-2's tokens under other numbers: a file beside the model has them.
+and its number. BART has GPT-2's tokens under other numbers: a file beside the model has them. Any
+other vocabulary is a tokenizer.json.
 
 All tokenizers answer `encode`, `decode`, `source_ids`, `target_ids` and `text_of`, and have
 `vocab_size` and `eos_token_id`. A text in which someone wrote <|endoftext|> does not end there.
 """
 import base64
 import json
+import re
 from pathlib import Path
 
 import tiktoken
@@ -18,6 +20,7 @@ import tiktoken
 # other signs, each with one blank before it; then the other blanks.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END_OF_TEXT = "<|endoftext|>"
+LONGEST_BLANK = 100_000         # in characters; a million before a word are too many for tiktoken
 # The numbers that fairseq gives before the first token of a dict.txt, and the one after the last.
 START, PAD, END, UNKNOWN, MASK = "<s>", "<pad>", "</s>", "<unk>", "<mask>"
 # What a model's directory may hold beside it: a vocabulary that is not GPT-2's, a BART's numbers.
@@ -60,10 +63,16 @@ def read_dict(path):
     return dict(enumerate([START, PAD, END, UNKNOWN, *numbers, MASK]))
 
 
+def read_vocab(path):
+    """Token in GPT-2's letters -> number, of Hugging Face's vocab.json or tokenizer.json."""
+    about = json.loads(path.read_text("utf-8"))
+    return dict(about["model"]["vocab"] if path.name == "tokenizer.json" else about)
+
+
 def read_vocab_json(path, encoding):
-    """The same from Hugging Face's vocab.json: {token in GPT-2's letters: BART's number}."""
+    """BART's number -> the BPE's number, or a name, from one of Hugging Face's files."""
     byte_of, order = byte_of_letter(), {}
-    for token, number in json.loads(path.read_text("utf-8")).items():
+    for token, number in read_vocab(path).items():
         order[number] = token
         if token == END_OF_TEXT:
             order[number] = encoding.eot_token
@@ -88,6 +97,10 @@ class Tokenizer:
         self.max_id = self.vocab_size - 1           # the largest number that a text may hold
 
     def encode(self, text):
+        # tiktoken's Rust panics on such a run: no Exception, and a page on stderr.
+        if len(text) >= LONGEST_BLANK and re.search(rf"(?<!\s)\s{{{LONGEST_BLANK}}}", text):
+            raise ValueError(f"got a text with {LONGEST_BLANK:,} blanks in a row or more, which "
+                             "tiktoken cannot read; expected fewer; delete them")
         return self.encoding.encode_ordinary(text)
 
     def decode(self, ids):
@@ -132,7 +145,7 @@ class BARTTokenizer(Tokenizer):
         self.max_id = max(self.theirs)
 
     def encode(self, text):
-        return [self.ours[number] for number in self.encoding.encode_ordinary(text)]
+        return [self.ours[number] for number in super().encode(text)]
 
     def source_ids(self, text):
         """A whole text as BART reads and writes it: <s>text</s>."""
@@ -146,13 +159,11 @@ class BARTTokenizer(Tokenizer):
 
 
 class JSONTokenizer(Tokenizer):
-    """Any tokenizer in a tokenizer.json, by the package tokenizers: of a Llama and its like.
+    """Any tokenizer in a tokenizer.json, by the package tokenizers; framed as GPT-2's."""
+    end = END_OF_TEXT           # where the file has this token, it ends a text
 
-    A source and a target are one sequence: source, a line break, target, the model's end token. In
-    front stands what the model's makers put there, if anything.
-    """
-
-    def __init__(self, directory):
+    def __init__(self, directory, about):
+        """about: what the model's config.json says; its generation_config may have the ends."""
         path = directory / "tokenizer.json"
         try:
             import tokenizers
@@ -167,12 +178,15 @@ class JSONTokenizer(Tokenizer):
         self.encoding.encode_special_tokens = True      # typed by someone, <|im_end|> is text
         self.vocab_size = self.encoding.get_vocab_size()
         self.max_id = max(self.encoding.get_vocab().values())       # there may be gaps
-        about = json.loads((directory / "config.json").read_text("utf-8"))
-        ends = about.get("generation_config", {}).get("eos_token_id")
+        ends = self.encoding.token_to_id(self.end) if self.end else None
+        if ends is None:
+            ends = about.get("generation_config", {}).get("eos_token_id")
         ends = ends if isinstance(ends, list) else [ends]
-        if not ends or not all(isinstance(end, int) for end in ends):
+        if not ends or not all(isinstance(end, int) and self.encoding.id_to_token(end)
+                               for end in ends):
             raise ValueError(f"got {directory}, whose config.json has no eos_token_id; expected "
-                             "the token that ends a text; convert the model again")
+                             "the token that ends a text, one of tokenizer.json; convert the model "
+                             "again")
         self.eos_token_id, self.more_ends = ends[0], tuple(ends[1:])
 
     def encode(self, text):
@@ -181,16 +195,18 @@ class JSONTokenizer(Tokenizer):
     def decode(self, ids):
         return self.encoding.decode(ids, skip_special_tokens=True)
 
+
+class LlamaTokenizer(JSONTokenizer):
+    """A source and a target are one sequence: source, a line break, target, the model's end token.
+    In front stands what the model's makers put there, if anything.
+    """
+    end = None                  # by its config.json
+
     def source_ids(self, source):
         return self.encoding.encode(f"{source}\n").ids
 
     def target_ids(self, target):
         return [*self.encode(target), self.eos_token_id]
-
-    def text_of(self, ids):
-        if self.eos_token_id in ids:
-            ids = ids[:ids.index(self.eos_token_id)]
-        return self.decode(ids).strip()
 
 
 def byte_level_bpe(directory):
@@ -209,24 +225,28 @@ def byte_level_bpe(directory):
 
 
 def load_tokenizer(directory):
-    """The tokenizer of the model in `directory`: its tokenizer.tiktoken, or else tiktoken's "gpt2";
-    and for a BART its numbers, from dict.txt or vocab.json.
+    """The tokenizer of the model in `directory`: its tokenizer.json or tokenizer.tiktoken, or else
+    tiktoken's "gpt2"; and for a BART its numbers, from dict.txt or vocab.json.
 
     <|endoftext|> is the number after the last token, as in GPT-2 (50,257 numbers, 50256 the last).
     Raises OSError when GPT-2's vocabulary is neither in tiktoken's cache nor to be downloaded, and
     ValueError for a damaged file.
     """
-    if (Path(directory) / "tokenizer.json").exists():
-        return JSONTokenizer(Path(directory))
+    directory = Path(directory)
+    if (directory / "tokenizer.json").exists():
+        about = json.loads((directory / "config.json").read_text("utf-8"))
+        if about.get("architecture") != "bart":         # a BART's: the numbers of GPT-2's tokens
+            kind = JSONTokenizer if about.get("architecture") == "gpt2" else LlamaTokenizer
+            return kind(directory, about)
     encoding = byte_level_bpe(directory)
-    for name in OWN_FILES[1:3]:
-        path = Path(directory) / name
+    for path in map(directory.joinpath, OWN_FILES[1:]):
         if path.exists():
             try:
-                order = (read_dict(path) if name == "dict.txt" else
+                order = (read_dict(path) if path.name == "dict.txt" else
                          read_vocab_json(path, encoding))
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise ValueError(f"{path}: got {type(error).__name__} {str(error)[:60]!r}, "
-                                 "expected numbers of tokens; take the model's own file") from error
+                                 "expected numbers of GPT-2's tokens; take the model's own file, "
+                                 "or a model that has these") from error
             return BARTTokenizer(encoding, order, path)
     return Tokenizer(encoding)

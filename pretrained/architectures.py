@@ -21,10 +21,16 @@ class Architecture(typing.NamedTuple):
     tied: dict                      # a second name of a tensor -> its name here
     zero: tuple                     # what a checkpoint may leave out: it is 0 then
     # Options of config.json that change the function: another value than this is refused. A missing
-    # one has this value. (n_inner is not here: the shapes tell.)
+    # one has this value.
     fixed_options: dict
-    vocabularies: tuple             # files that number the tokens, one is enough; (): as GPT-2's
+    vocabularies: tuple             # files that have the tokens, one is enough
     fill_config: typing.Callable = dict     # from their config.json to one with all our fields
+
+
+def gpt2_config(theirs):
+    """A GPT-2's config.json; a hidden layer of the usual width, said aloud, is the usual one."""
+    usual = theirs.get("n_embd") and theirs.get("n_inner") == 4 * theirs["n_embd"]
+    return theirs | {"n_inner": None} if usual else theirs
 
 
 def gpt2():
@@ -33,7 +39,8 @@ def gpt2():
         ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"),
         ("attn.bias", "attn.masked_bias"), {"lm_head.weight": "wte.weight"}, (),
         {"activation_function": "gelu_new", "scale_attn_weights": True,
-         "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}, ())
+         "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "n_inner": None},
+        ("tokenizer.json", "vocab.json"), gpt2_config)
 
 
 def bart():
@@ -47,7 +54,8 @@ def bart():
         {"activation_function": "gelu", "scale_embedding": False, "normalize_before": False,
          "add_final_layer_norm": False, "normalize_embedding": True, "add_bias_logits": False,
          "static_position_embeddings": False, "extra_pos_embeddings": 2,
-         "is_encoder_decoder": True, "tie_word_embeddings": True}, ("vocab.json", "dict.txt"))
+         "is_encoder_decoder": True, "tie_word_embeddings": True},
+        ("vocab.json", "dict.txt", "tokenizer.json"))
 
 
 def llama_config(theirs):

@@ -11,6 +11,7 @@ model in. Only the command line: hugging_face.py, hub.py and peft_adapter.py do 
 import dataclasses
 from pathlib import Path
 
+from data.tokenizer import OWN_FILES
 from pretrained.gguf_file import convert_gguf
 from pretrained.hub import NAMES, PACKAGES, fetch
 from pretrained.hugging_face import convert
@@ -19,9 +20,12 @@ from pretrained.peft_adapter import read_peft, write_peft
 from utils.cli import flag, parse, run_program
 
 
+KNOWN = (*NAMES, *PACKAGES)
+
+
 @dataclasses.dataclass
 class Settings:
-    source: str = flag("", f"one of {', '.join((*NAMES, *PACKAGES))}; OWNER/NAME on the hub; a "
+    source: str = flag("", f"one of {', '.join(KNOWN)}; OWNER/NAME on the hub; a "
                            "directory with config.json and model.safetensors or "
                            "pytorch_model.bin; or a .gguf file")
     out: str = flag("", "the directory to write; empty: weights/ and the name of the source")
@@ -56,16 +60,21 @@ def main(argv=None):
         return
     source = settings.source
     out = Path(settings.out or WEIGHTS / Path(source).resolve().name.removesuffix(".gguf"))
-    if source and Path(source).is_dir():
+    for file in ("config.json", *OWN_FILES):        # an old tokenizer would be the new model's
+        if (out / file).exists():
+            raise ValueError(f"got {out}, which has a {file} already; expected a new directory; "
+                             "choose another one with --out, or delete that one first")
+    folder = source and Path(source).is_dir()
+    if folder and ((Path(source) / "config.json").exists() or source not in KNOWN):
         convert(source, out)
     elif source.endswith(".gguf") and Path(source).is_file():
         convert_gguf(source, out)
-    elif source in NAMES or source in PACKAGES or source.count("/") == 1:
+    elif source in KNOWN or source.count("/") == 1 and not source.startswith("."):
         fetch(source, out)
     else:
         raise ValueError(f"got {source!r}; expected a directory, a .gguf file, OWNER/NAME on the "
-                         f"hub or one of {', '.join((*NAMES, *PACKAGES))}; `python -m "
-                         "pretrained.convert --help` has more")
+                         f"hub or one of {', '.join(KNOWN)}; `python -m pretrained.convert --help` "
+                         "has more")
     print(f"wrote {out}/config.json and {out}/model.pt")
 
 

@@ -113,10 +113,16 @@ def fetch(name, out_directory, hub=HUB):
         download(url, source / file, sha256)
     get("config.json")
     kind = read_object(source / "config.json").get("model_type")
-    # An unknown model's vocab.json is fetched to see that its tokens are GPT-2's.
-    vocabularies = architecture(kind).vocabularies or (() if name in NAMES else ("vocab.json",))
-    for file in vocabularies[:1]:
-        get(file)
+    vocabularies = [file for file in architecture(kind).vocabularies if file != "dict.txt"]
+    if kind == "gpt2" and name in NAMES:
+        vocabularies = []                   # GPT-2's own
+    for file in vocabularies:
+        try:
+            get(file)
+            break
+        except OSError:                     # a page has the one or the other
+            if file == vocabularies[-1]:
+                raise
     has_safetensors = importlib.util.find_spec("safetensors") is not None
     get("model.safetensors" if has_safetensors else "pytorch_model.bin", checked=True)
     convert(source, out_directory)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from data.tokenizer import read_vocab
+from model import GPT2
 from pretrained.architectures import architecture
 from pretrained.checkpoint import save
 from utils.files import atomic_write
@@ -208,20 +210,27 @@ def read_checkpoint(directory):
 
 
 def find_vocabulary(directory, classes):
-    """The file that numbers the tokens of this architecture, or None where they are GPT-2's."""
-    if classes.vocabularies:
-        found = [path for path in map(directory.joinpath, classes.vocabularies) if path.exists()]
+    """The file that has the tokens of this architecture, or None where they are GPT-2's."""
+    found = [path for path in map(directory.joinpath, classes.vocabularies) if path.exists()]
+    if classes.model is not GPT2:
         if not found:
             raise ValueError(f"got {directory} without its vocabulary; expected "
                              f"{' or '.join(classes.vocabularies)}, for its tokens have other "
                              "numbers than GPT-2's; download one from the model's page")
         return found[0]
-    if (directory / "vocab.json").exists():
-        tokens = read_object(directory / "vocab.json")
-        if (tokens.get("\u0120the"), tokens.get("<|endoftext|>")) != (262, 50256):
-            raise ValueError(f"got {directory}, a GPT-2 with a vocabulary of its own; expected "
-                             "GPT-2's, the only one that it would be read with; choose another "
-                             "model")
+    for path in found:
+        try:
+            tokens = read_vocab(path)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"got {path}, which is damaged ({error}); expected a JSON object with "
+                             "the tokens; delete it and download it again") from error
+        if (tokens.get("\u0120the"), tokens.get("<|endoftext|>")) == (262, 50256):
+            return None
+        if path.name == "tokenizer.json":
+            return path
+        raise ValueError(f"got {path}, of a GPT-2 with a vocabulary of its own; expected GPT-2's, "
+                         "or tokenizer.json beside it, which has all of it; download that, or save "
+                         "it with transformers")
     return None
 
 

@@ -48,16 +48,19 @@ def find_model(name):
 
     Raises ValueError for a name that is not known.
     """
-    if Path(name).is_dir():
-        if not (Path(name) / "model.pt").exists() and (Path(name) / "config.json").exists():
-            raise ValueError(f"got {name}, which has no model.pt; expected a converted directory; "
-                             f"run `python -m pretrained.convert {name} --out weights/NAME` first")
-        return Path(name)
-    if (WEIGHTS / name / "config.json").exists():
-        return WEIGHTS / name
+    here, ours = Path(name), WEIGHTS / name
+    if (here / "model.pt").exists():
+        return here
+    if (ours / "config.json").exists():
+        return ours
+    if (here / "config.json").exists():
+        raise ValueError(f"got {name}, which has no model.pt; expected a converted directory; "
+                         f"run `python -m pretrained.convert {name} --out weights/NAME` first")
     if name in NAMES or name in PACKAGES:
-        fetch(name, WEIGHTS / name)
-        return WEIGHTS / name
+        fetch(name, ours)
+        return ours
+    if here.is_dir():           # so late: a folder that has a model's name only is not in its way
+        return here
     known = sorted({*NAMES, *PACKAGES, *(p.parent.name for p in WEIGHTS.glob("*/config.json"))})
     near = difflib.get_close_matches(name, known, 1)
     raise ValueError(f"got the model {name!r}; expected a directory or one of {', '.join(known)}"

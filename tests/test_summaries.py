@@ -106,8 +106,8 @@ def test_dialogues_and_abstracts_become_one_line(tmp_path):
             {"source": [], "target": ["Nothing."]}]
     (tmp_path / "SciTLDR-A" / "dev.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert load("scitldr", "dev", tmp_path) == [Example("We do. It works.", ("It works.",))]
-    for name, text, words in (("dialogsum", '{"dialogue": "x"}', "got the summary None"),
-                             ("scitldr", '{"source": "x"}', "line 1: got another layout")):
+    for name, text, words in (("dialogsum", '{"dialogue": "x"}', "line 1: got no target"),
+                             ("scitldr", '{"source": "x"}', r"line 1: got the keys \['source'\]")):
         file = {"dialogsum": "dialogsum.test.jsonl", "scitldr": "SciTLDR-A/test.jsonl"}[name]
         (tmp_path / file).write_text(text)
         with pytest.raises(ValueError, match=words):

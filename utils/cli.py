@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import io
 import math
 import signal
 import sys
@@ -81,7 +82,13 @@ def parse(settings, argv, description, positional=None, notes=""):
 
 
 def run_program(main):
-    """Call `main()` as a program: a user's mistake is one line on stderr and exit status 2."""
+    """Call `main()` as a program: a user's mistake is one line on stderr and exit status 2.
+
+    Standard output is UTF-8, as every file is: another encoding may lack a letter of what is said
+    after hours.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):        # a notebook's is not, and takes every text
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         main()
     except (ValueError, OSError) as error:

@@ -19,7 +19,6 @@ from pretrained.load import WEIGHTS
 from pretrained.peft_adapter import read_peft, write_peft
 from utils.cli import flag, parse, run_program
 
-
 KNOWN = (*NAMES, *PACKAGES)
 
 

@@ -2,6 +2,7 @@
 import dataclasses
 import hashlib
 import http.server
+import os
 import signal
 import socket
 import subprocess
@@ -113,6 +114,18 @@ def test_a_users_mistake_is_one_line_and_status_2(capsys):
         run_program(main)
     out, err = capsys.readouterr()
     assert (caught.value.code, out, err) == (2, "", "error: got this, expected that\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_standard_output_is_utf_8(encoding):
+    """Would catch: hours of decoding of which nothing is written, for a letter that is not there.
+    """
+    program = (r"from utils.cli import run_program; run_program(lambda: print('Caf\xe9 \u6771 "
+               r"\ud83d'))")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode("utf-8").split() == ["Café", "\u6771", r"\ud83d"]
 
 
 def test_our_own_mistake_keeps_its_traceback():

@@ -16,11 +16,13 @@ import pytest
 import torch
 from conftest import ROOT, random_gpt2
 
+from data.tokenizer import OWN_FILES
 from pretrained.architectures import architecture, new_prefix
 from pretrained.checkpoint import load, save
 from pretrained.convert import main
 from pretrained.hub import NAMES, declared_sha256, fetch
 from pretrained.hugging_face import convert, read_checkpoint
+from pretrained.load import find_model
 from utils.cli import run_program
 
 WHOLE = {"config.json", "model.pt"}
@@ -166,11 +168,17 @@ def test_names_and_shapes_are_strict_both_ways(tmp_path):
     ("model_type", "bert"), ("model_type", None), ("activation_function", "relu"),
     ("activation_function", "gelu"), ("scale_attn_weights", False),
     ("scale_attn_by_inverse_layer_idx", True), ("add_cross_attention", True),
-    ("n_head", None), ("n_head", "3"), ("n_head", 0), ("n_layer", -1)])
+    ("n_head", None), ("n_head", "3"), ("n_head", 0), ("n_layer", -1), ("n_inner", 40)])
 def test_another_architecture_is_refused_by_name(tmp_path, option, value):
     """Catches a checkpoint whose tensors fit and whose function is another one."""
     directory = write(tmp_path / "hf", foreign(small()), **{option: value})
     refused(directory, option, repr(value))
+
+
+def test_the_usual_hidden_width_may_be_said_aloud(tmp_path):
+    """Four times n_embd, 12 here. Would catch: a refusal of what is no other model."""
+    convert(write(tmp_path / "hf", foreign(small()), n_inner=48), tmp_path / "out")
+    assert load(tmp_path / "out").config == small().config
 
 
 def test_heads_must_divide_the_width(tmp_path):
@@ -260,6 +268,47 @@ def test_the_foreign_config_is_never_overwritten(tmp_path):
     assert (directory / "config.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("old", ["config.json", *OWN_FILES])
+def test_what_is_there_is_neither_overwritten_nor_mixed(tmp_path, monkeypatch, old):
+    """Would catch: `convert DIR/tiny-gpt2` over the bundled model, with its tokenizer kept."""
+    monkeypatch.setattr("pretrained.convert.WEIGHTS", tmp_path / "weights")
+    there = tmp_path / "weights" / "tiny-gpt2"
+    there.mkdir(parents=True)
+    (there / old).write_text("old")
+    words = [str(write(tmp_path / "tiny-gpt2", foreign(small())))]
+    for more in ([], ["--out", str(there)]):
+        with pytest.raises(ValueError, match=f"which has a {old} already; expected a new .*; "):
+            main(words + more)
+    assert [(p.name, p.read_text()) for p in there.iterdir()] == [(old, "old")]
+    (there / old).unlink()
+    main(words)
+    assert {p.name for p in there.iterdir()} == WHOLE
+
+
+def test_a_folder_with_a_models_name_is_not_in_its_way(tmp_path, monkeypatch):
+    """Would catch: advice that leads back to itself, where ./gpt2 holds something else."""
+    asked, weights = [], tmp_path / "weights"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pretrained.convert.WEIGHTS", weights)
+    monkeypatch.setattr("pretrained.load.WEIGHTS", weights)
+    for module in ("convert", "load"):
+        monkeypatch.setattr(f"pretrained.{module}.fetch", lambda name, out: asked.append(name))
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "notes.txt").write_text("mine")
+    main(["gpt2"])
+    assert find_model("gpt2") == weights / "gpt2" and asked == ["gpt2", "gpt2"]
+    write(tmp_path / "gpt2", foreign(small()))          # a checkpoint: the user's own is meant
+    with pytest.raises(ValueError, match="run `python -m pretrained.convert gpt2 --out weights/"):
+        find_model("gpt2")
+    main(["gpt2", "--out", "weights/gpt2"])             # as it was told
+    assert find_model("gpt2") == weights / "gpt2" and len(asked) == 2
+    convert(tmp_path / "gpt2", tmp_path / "mine")
+    assert find_model("mine").samefile(tmp_path / "mine")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="got empty, which has no config.json"):
+        load(find_model("empty"))
+
+
 class Hub(http.server.BaseHTTPRequestHandler):
     """Answers as the real one does: a file's own address states its SHA-256 and sends on to a
     storage address, which has the bytes and states nothing.
@@ -332,6 +381,21 @@ def test_the_sum_is_read_before_the_redirection(hub):
     assert declared_sha256(renamed) == hub.sums["pytorch_model.bin"]
     # A short ETag is git's, of a small file: no SHA-256.
     assert declared_sha256(hub.url + "/owner/name/resolve/main/config.json") is None
+
+
+@pytest.mark.parametrize("file, text", [
+    ("tokenizer.json", '{"model": {"vocab": {"der": 0}}}'),
+    ("vocab.json", '{"\u0120the": 262, "<|endoftext|>": 50256}')])
+def test_a_page_has_the_one_vocabulary_or_the_other(hub, tmp_path, file, text):
+    """Catches: a model that asks for a file which its page does not have."""
+    hub.files[file] = text.encode("utf-8")
+    hub.sums[file] = hashlib.sha256(hub.files[file]).hexdigest()
+    fetch("owner/name", tmp_path / "out", hub.url)
+    own = {file} if file == "tokenizer.json" else set()
+    assert {p.name for p in (tmp_path / "out").iterdir()} == WHOLE | own
+    hub.files.pop(file)
+    with pytest.raises(OSError, match="could not ask .*vocab.json.*404"):
+        fetch("owner/name", tmp_path / "other", hub.url)
 
 
 @pytest.mark.parametrize("name", ["gpt2-medium", "gpt2"])

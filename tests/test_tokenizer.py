@@ -1,5 +1,6 @@
 """The tokenizer: a small vocabulary from a file, or GPT-2's; and clear refusals."""
 import base64
+import json
 import os
 import subprocess
 import sys
@@ -7,8 +8,14 @@ from pathlib import Path
 
 import pytest
 import tiktoken
+from conftest import random_gpt2
+from test_convert import foreign, write
 
+import sample
+import train
 from data.tokenizer import END_OF_TEXT, GPT2_SPLIT, byte_level_bpe, load_tokenizer
+from pretrained.hugging_face import convert
+from pretrained.load import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ["The Vaults pub near Café Adriatic has a 5 star rating.  Prices start at £30.",
@@ -97,3 +104,86 @@ def test_an_unreachable_vocabulary_says_what_to_set(tmp_path):
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: could not get GPT-2's vocabulary")
     assert "TIKTOKEN_CACHE_DIR" in done.stderr and done.stderr.count("\n") == 1
+
+
+# ---- a GPT-2 with a vocabulary of its own: tokenizer.json, by the package tokenizers
+
+@pytest.fixture
+def german():
+    """A byte-level BPE that knows a few German words."""
+    tokenizers = pytest.importorskip("tokenizers", reason="it reads tokenizer.json: pip install "
+                                                          "tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.train_from_iterator(["Das ist ein Haus und ein Garten"] * 20, tokenizers.trainers.
+                                  BpeTrainer(vocab_size=300, show_progress=False,
+                                             special_tokens=[END_OF_TEXT, "</s>"],
+                                             initial_alphabet=tokenizer.pre_tokenizer.alphabet()))
+    return tokenizer
+
+
+def checkpoint(folder, tokenizer, **options):
+    """A Hugging Face GPT-2 with more rows than `tokenizer` has tokens, and its tokenizer.json."""
+    model = random_gpt2(vocab_size=310, n_positions=33, n_embd=12, n_layer=1, n_head=3).float()
+    write(folder, foreign(model), config=model.config, **options)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_gpt2_with_its_own_tokenizer_json_reads_its_own_tokens(german, tmp_path):
+    """Framed as GPT-2's, though: one end behind source and target. Would catch: German read with
+    English BPE without a word; the default end of the config, which this model does not have.
+    """
+    directory = checkpoint(tmp_path / "hf", german, eos_token_id=50256)
+    (directory / "vocab.json").write_text(json.dumps(german.get_vocab()))   # says less; left alone
+    convert(directory, tmp_path / "ours")
+    _, tokenizer = load_model(tmp_path / "ours", "cpu", "fp32")
+    text = "Das ist ein Haus, naïve <|endoftext|>"
+    assert tokenizer.encode("Das ist ein Haus") == german.encode("Das ist ein Haus").ids
+    assert len(tokenizer.encode("Das ist ein Haus")) == 4 and tokenizer.eos_token_id == 0
+    assert tokenizer.source_ids(text) == tokenizer.target_ids(text) == [
+        *tokenizer.encode(f" {text} "), 0]
+    assert 0 not in tokenizer.encode(text) and tokenizer.text_of(tokenizer.target_ids(text)) == text
+
+
+@pytest.mark.parametrize("ends, own", [(1, (1, ())), ([1, 2], (1, (2,))), (50256, None),
+                                       (None, None)])
+def test_without_the_usual_end_it_is_the_configs(german, tmp_path, ends, own):
+    """Would catch: an end that the vocabulary does not have, and texts that never end."""
+    text = german.to_str().replace(END_OF_TEXT, "<|another|>")
+    directory = checkpoint(tmp_path / "hf", type(german).from_str(text), eos_token_id=ends)
+    convert(directory, tmp_path / "ours")
+    if own is None:
+        with pytest.raises(ValueError, match="has no eos_token_id; expected .*; convert the model"):
+            load_tokenizer(tmp_path / "ours")
+    else:
+        tokenizer = load_tokenizer(tmp_path / "ours")
+        assert (tokenizer.eos_token_id, tokenizer.more_ends) == own
+
+
+def test_a_tokenizer_json_that_is_gpt2s_needs_no_package(tmp_path):
+    """As transformers 5 saves every GPT-2. Would catch: a copy that only another package reads."""
+    directory = write(tmp_path / "hf", foreign(random_gpt2()), config=random_gpt2().config)
+    words = {"\u0120the": 262, END_OF_TEXT: 50256}
+    (directory / "tokenizer.json").write_text(json.dumps({"model": {"vocab": words}}))
+    convert(directory, tmp_path / "ours")
+    assert {p.name for p in (tmp_path / "ours").iterdir()} == {"config.json", "model.pt"}
+    for damaged in ("{}", "[]", '{"model": {"vocab": 5}}', '{"mod'):
+        (directory / "tokenizer.json").write_text(damaged)
+        with pytest.raises(ValueError, match="got .*tokenizer.json, which is damaged.*; expected"):
+            convert(directory, tmp_path / "other")
+        assert not (tmp_path / "other").exists()
+
+
+def test_a_gpt2_with_its_own_tokens_learns_and_speaks(german, tmp_path, capsys):
+    """Would catch: a program that asks this tokenizer for what only tiktoken's have."""
+    convert(checkpoint(tmp_path / "hf", german), tmp_path / "ours")
+    rows = [{"source": f"Haus {n}", "target": "Das ist ein Garten"} for n in range(4)]
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--model", str(tmp_path / "ours"), "--device", "cpu"]
+    train.main([*words, "--data", str(tmp_path / "my.jsonl"), "--steps", "1", "--batch-size", "2",
+                "--prefix-len", "2", "--mid-dim", "4", "--out", str(tmp_path / "run")])
+    capsys.readouterr()
+    sample.main(["--run", str(tmp_path / "run"), "--device", "cpu", "--max-new", "3", "Haus 1"])
+    assert capsys.readouterr().out.endswith("\n")

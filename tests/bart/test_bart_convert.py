@@ -97,6 +97,13 @@ def test_a_name_is_downloaded_with_its_vocabulary(hub, bart, tmp_path):  # noqa:
     assert load(tmp_path / "out").generation_config["forced_bos_token_id"] == 0
 
 
+def test_a_tokenizer_json_alone_goes_with_the_model(bart, tmp_path):
+    """As transformers 5 saves it. Would catch: advice to download what no page has."""
+    directory = write(tmp_path / "hf", bart, foreign(bart), "tokenizer.json")
+    convert(directory, tmp_path / "ours")
+    assert (tmp_path / "ours" / "tokenizer.json").exists()
+
+
 def test_a_bart_without_a_vocabulary_is_refused(tmp_path):
     """Would catch: fluent nonsense, the only sign of the wrong numbers."""
     bart = random_bart()

@@ -1,4 +1,6 @@
-"""BART's numbers for GPT-2's tokens: from dict.txt or vocab.json, as transformers has them."""
+"""BART's numbers for GPT-2's tokens: from dict.txt, vocab.json or tokenizer.json, as transformers
+has them.
+"""
 import json
 import shutil
 
@@ -34,6 +36,31 @@ def test_every_number_is_that_of_vocab_json(bart, real_data, tmp_path):
     for tokenizer in (bart, other):
         assert (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id,
                 tokenizer.mask_token_id) == (0, 1, 2, 50264)
+
+
+def json_alone(folder, vocabulary):
+    """A BART's directory as converted from what transformers 5 saves: with tokenizer.json alone."""
+    (folder / "config.json").write_text('{"architecture": "bart"}')
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+    return folder
+
+
+def test_a_tokenizer_json_has_the_same_numbers(bart, real_data, tmp_path):
+    """Would catch: a BART that transformers 5 has saved, refused for a file that nobody has."""
+    vocabulary = json.loads((real_data / "bart" / "vocab.json").read_text("utf-8"))
+    other = load_tokenizer(json_alone(tmp_path, vocabulary))
+    assert isinstance(other, BARTTokenizer) and bart.theirs == other.theirs
+    assert bart.mask_token_id == other.mask_token_id
+
+
+@pytest.mark.parametrize("vocabulary", [
+    {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4, "\u0120Strasse": 5},
+    [["<s>", 0.0], ["\u2581der", -3.5]]])
+def test_a_barts_own_vocabulary_is_refused_by_name(bart_directory, tmp_path, vocabulary):
+    """Would catch: a BART in another language that is fed GPT-2's tokens."""
+    shutil.copy(bart_directory / "tokenizer.tiktoken", json_alone(tmp_path, vocabulary))
+    with pytest.raises(ValueError, match="tokenizer.json: got .*expected numbers of GPT-2's tok"):
+        load_tokenizer(tmp_path)
 
 
 def test_texts_are_encoded_as_transformers_encodes_them(bart, real_data):

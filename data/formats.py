@@ -51,8 +51,9 @@ def read_text(path):
         return raw.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
+        other = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
         raise ValueError(f"{path}, line {line}: got the byte {raw[error.start]:#04x}, expected "
-                         "UTF-8; convert the file, as with `iconv -t utf-8`") from error
+                         f"UTF-8; convert the file, as with `iconv -f {other} -t utf-8`") from error
 
 
 def parse_json(text, path, line=1):
@@ -92,14 +93,14 @@ def layout(where, expected):
 E2E_NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
 
 
-def e2e_source(table):
+def e2e_source(table, where):
     """`name[Alimentum], familyFriendly[no]` -> `name : Alimentum | family friendly : no`."""
     parts = []
     for slot in table.removesuffix("]").split("], "):
         name, bracket, value = slot.partition("[")
         if not (name.strip() and bracket and value.strip()) or set("[]") & set(value):
-            raise ValueError(f"got the table {short(table)}, expected the form 'name[Alimentum], "
-                             "food[Thai]'")
+            raise ValueError(f"{where}: got the table {short(table)}, expected the form "
+                             "'name[Alimentum], food[Thai]'; mend or delete that line")
         parts.append(f"{E2E_NAMES.get(name, name)} : {value}")
     return " | ".join(parts)
 
@@ -138,11 +139,7 @@ def read_e2e(path):
         if len(row) != 2:
             raise ValueError(f"{where}: got {short(row)}, expected a table and its reference; mend "
                              "or delete that line")
-        try:
-            source = e2e_source(row[0])
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}; mend or delete that line") from error
-        yield where, source, [" ".join(row[1].split())], ""
+        yield where, e2e_source(row[0], where), [" ".join(row[1].split())], ""
 
 
 # ---- WebNLG 2017: one JSON file a split, or the release's tree of XML files

@@ -96,11 +96,6 @@ def official_file(name, split, data_dir):
                      "--data-dir out")
 
 
-def jsonl_examples(path):
-    """One Example for each distinct source and topic of your own file."""
-    return gather(examples(formats.read_jsonl(path)))
-
-
 def jsonl_split(path, split, seed):
     """The Examples of one split of your own file, say my.jsonl.
 
@@ -112,21 +107,20 @@ def jsonl_split(path, split, seed):
     stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
     beside = {part: formats.find(path.parent, (f"{stem}.{part}.jsonl",))
               for part in ("dev", "test")}
-    if beside.get(split):
-        return jsonl_examples(beside[split])
-    if split == "test":
+    own = beside.get(split)
+    if split == "test" and not own:
         raise ValueError(f"got no test split for {path}, expected {stem}.test.jsonl beside it; put "
                          "it there, or choose the split dev")
-    both = jsonl_examples(path)
-    if beside["dev"]:
-        return both
-    sources = sorted({example.source for example in both},
+    found = gather(examples(formats.read_jsonl(own or path)))
+    if own or beside["dev"]:
+        return found
+    sources = sorted({example.source for example in found},
                      key=lambda source: hashlib.sha256(f"{seed} {source}".encode()).digest())
     if len(sources) == 1:
         raise ValueError(f"{path}: got one distinct source, expected two, so that one can be held "
                          f"out for dev; add lines, or put {stem}.dev.jsonl beside it")
     held_out = set(sources[:min(500, max(1, len(sources) // 10))])
-    return [example for example in both if (example.source in held_out) == (split == "dev")]
+    return [example for example in found if (example.source in held_out) == (split == "dev")]
 
 
 def load(name, split, data_dir=None, seed=0):

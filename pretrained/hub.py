@@ -68,7 +68,8 @@ def declared_sha256(url):
     except urllib.error.HTTPError as reply:
         if reply.code < 400:
             return _declared(reply.headers)
-        raise OSError(f"could not ask {url} for its checksum: {reply}; try again later") from reply
+        raise OSError(f"could not ask {url} for its checksum: {reply}; check the name, try "
+                      "again later, or convert a directory") from reply
     except urllib.error.URLError as error:
         raise OSError(f"could not reach {url}: {error.reason}; check the connection, or download "
                       "the files elsewhere and convert their directory") from error

@@ -216,7 +216,8 @@ def find_vocabulary(directory, classes):
         if not found:
             raise ValueError(f"got {directory} without its vocabulary; expected "
                              f"{' or '.join(classes.vocabularies)}, for its tokens have other "
-                             "numbers than GPT-2's; download one from the model's page")
+                             "numbers than GPT-2's; download one from the model's page, or save "
+                             "it with transformers")
         return found[0]
     for path in found:
         try:

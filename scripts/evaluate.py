@@ -9,6 +9,7 @@ the scores are in SPLIT.scores.json. Not here: decoding itself (sample.py), the 
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 from math import inf
 from pathlib import Path
@@ -68,8 +69,10 @@ def saved_outputs(path, about, examples):
                          "the same; move that file away, or give the same flags")
     for number, (row, example) in enumerate(zip(rows, examples), 1):
         if row["source"] != example.source:
-            raise ValueError(f"got {path}, whose text {number} is about {row['source'][:40]!r}; "
-                             f"expected {example.source[:40]!r}; the data have changed since: move "
+            n = len(os.path.commonprefix((row["source"], example.source)))  # they may begin alike
+            was, now = (x[max(0, n - 20):n + 20] for x in (row["source"], example.source))
+            raise ValueError(f"got {path}, whose text {number} is about {was!r}; "
+                             f"expected {now!r}; the data have changed since: move "
                              "that file away")
     return rows
 

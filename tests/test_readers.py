@@ -136,9 +136,12 @@ def test_what_an_xml_file_says_of_its_encoding_does_not_count(tmp_path, encoding
     head = f'<?xml version="1.0" encoding="{encoding}"?>'
     path = write(tmp_path / "dev/a.xml", xml('<lex comment="good">Café.</lex>', head))
     assert load("webnlg", "dev", tmp_path)[0].targets == ("Café.",)
-    path.write_bytes(path.read_text("utf-8").encode("latin-1"))
-    with pytest.raises(ValueError, match="a.xml, line 1: got the byte 0xe9, expected UTF-8"):
-        load("webnlg", "dev", tmp_path)
+    text = path.read_text("utf-8")
+    for other, byte in (("latin1", "0xe9"), ("utf-16", "0xff")):    # the advice has to help
+        path.write_bytes(text.encode(other))
+        with pytest.raises(ValueError, match=f"a.xml, line 1: got the byte {byte}, expected UTF-8; "
+                                             f"convert the file, as with `iconv -f {other} -t"):
+            load("webnlg", "dev", tmp_path)
 
 
 def test_a_single_string_is_one_text(tmp_path):

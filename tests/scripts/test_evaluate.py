@@ -185,6 +185,14 @@ def test_a_stopped_evaluation_goes_on_where_it_was(run, monkeypatch, capsys):
     capsys.readouterr()
 
 
+def test_two_sources_that_begin_alike_are_told_apart(tmp_path):
+    """Would catch: a message that shows the same words as got and as expected."""
+    path, long = tmp_path / "test.jsonl", "name : a very long name of a restaurant | food : "
+    path.write_text('{"a": 1}\n' + json.dumps({"source": long + "Thai", "text": "t"}))
+    with pytest.raises(ValueError, match="about '.* food : Thai'; expected '.* food : Italian'"):
+        evaluate.decode(None, [Example(long + "Italian", ("t",))], path, {"a": 1}, 1)
+
+
 def test_a_fine_tuned_model_that_has_learned_on_is_not_scored_with_old_texts(run, monkeypatch):
     """Would catch: old texts under new scores; such a run has no prefix whose digest would differ.
     """

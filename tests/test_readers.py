@@ -219,13 +219,12 @@ def test_a_message_is_not_as_long_as_the_file(tmp_path, text, read):
     assert len(str(caught.value)) - len(str(path)) < 200
 
 
-def test_a_million_blanks_are_one_sentence(model_directory, bart_directory, capfd):
+def test_a_million_blanks_are_one_sentence(model_directory, capfd):
     """Would catch: tiktoken's panic, which is no Exception and a page of traceback."""
-    for directory in (model_directory, bart_directory):
-        tokenizer = load_tokenizer(directory)
-        for blank in (" ", "\n"):
-            with pytest.raises(ValueError, match="got a text with 100,000 blanks in a row or more"):
-                tokenizer.source_ids("a" + blank * 10 ** 6 + "a")
-        most = "a" + " " * (LONGEST_BLANK - 1) + "a"
-        assert tokenizer.decode(tokenizer.encode(most * 3)) == most * 3
+    tokenizer = load_tokenizer(model_directory)
+    for blank in (" ", "\n"):
+        with pytest.raises(ValueError, match="got a text with 100,000 blanks in a row or more"):
+            tokenizer.source_ids("a" + blank * 10 ** 6 + "a")
+    most = "a" + " " * (LONGEST_BLANK - 1) + "a"
+    assert tokenizer.decode(tokenizer.encode(most * 3)) == most * 3
     assert "panicked" not in capfd.readouterr().err

@@ -93,6 +93,8 @@ def test_a_small_vocabulary_can_be_numbered_too(bart_directory):
     assert tokenizer.vocab_size == 262
     assert tokenizer.encode("ab") == [4 + 256 - 97, 4 + 256 - 98]
     assert tokenizer.decode(tokenizer.source_ids("né")) == "né"
+    with pytest.raises(ValueError, match="got a text with 100,000 blanks in a row or more"):
+        tokenizer.encode(" " * 10 ** 6 + "x")           # tiktoken would panic
 
 
 @pytest.mark.parametrize("file, change", [

@@ -166,8 +166,22 @@ class LanguageModel(nn.Module):
     def dtype(self):
         return self.word_embedding.weight.dtype
 
-    def positions_and_mask(self, ids, prefix, key_mask, cache, tree):
-        """(positions (1 or B, T), the attention's mask) of a forward pass; arguments as of
+    def prefix_and_mask(self, prefix, n_layers, key_mask, T, causal, tree=None):
+        """For each layer its keys and values, (2, 1 or B, H, P, D), and the attention's mask.
+
+        A prefix of fewer layers than the model has stands in front of the upper ones. Those below
+        see the text alone, at the positions that it has anyway; nothing that learns comes into
+        them, so they run without a graph, and the backward pass ends above them.
+        """
+        mask = self.attention.mask(key_mask, T, causal, tree)
+        layers, below = [(part, mask) for part in prefix], n_layers - len(prefix)
+        if below > 0:
+            text_alone = self.attention.mask(key_mask[:, prefix.size(4):], T, causal, tree)
+            layers = below * [(prefix[0, :, :, :, :0].detach(), text_alone)] + layers
+        return layers
+
+    def positions_and_layers(self, ids, prefix, key_mask, cache, tree):
+        """(positions (1 or B, T), `prefix_and_mask`) of a forward pass; arguments as of
         GPT2.hidden_states. Raises ValueError where a text with its prefix is too long.
         """
         keys = prefix.size(4) + (0 if cache is None else cache.length) + ids.size(1)    # P+S
@@ -182,7 +196,8 @@ class LanguageModel(nn.Module):
             raise ValueError(f"got a prefix of {n_prefix} and {keys - n_prefix} tokens; expected "
                              f"at most {self.max_positions} together, the positions of this model; "
                              "shorten one of them")
-        return positions, self.attention.mask(key_mask, ids.size(1), causal=True, tree=tree)
+        return positions, self.prefix_and_mask(prefix, len(self.blocks()), key_mask, ids.size(1),
+                                               True, tree)
 
     @torch.no_grad()
     def prefix_from_tokens(self, ids):
@@ -213,7 +228,7 @@ class LanguageModel(nn.Module):
         max_new_tokens = min(max_new_tokens, self.max_positions - used.item())
         # The prefix is joined to the text at each step, or once, as the beginning of the cache.
         apart, cached = prefix, self.empty_prefix()
-        if self.attention.joins_prefix:
+        if self.attention.joins_prefix and len(prefix) == len(cached):
             apart, cached = cached, apart
         cache = KVCache(cached, len(prompts), ids.size(1) + num_beams * max_new_tokens)
         return DecodingStart(prompts, ids, key_mask, cache, {"prefix": apart}, max_new_tokens)
@@ -305,16 +320,16 @@ class GPT2(LanguageModel):
     def hidden_states(self, ids, prefix=None, key_mask=None, cache=None, tree=None):
         """The hidden states of the tokens `ids`, after the final LayerNorm.
 
-        ids: (B, T). prefix: (L, 2, 1 or B, H, P, D), keys then values of every layer. key_mask:
-        (B, P+S) bool, False at padding, S being the cached tokens and the T new ones; None: no
-        padding. cache: a `KVCache` with the tokens before these; extended in place. tree: see
-        `attention_mask`. Returns (B, T, C); `head` makes logits of them. Raises ValueError where
-        P + S exceeds the positions.
+        ids: (B, T). prefix: (L, 2, 1 or B, H, P, D), keys then values of every layer, or of fewer,
+        the upper ones. key_mask: (B, P+S) bool, False at padding, S being the cached tokens and the
+        T new ones; None: no padding. cache: a `KVCache` with the tokens before these; extended in
+        place. tree: see `attention_mask`. Returns (B, T, C); `head` makes logits of them. Raises
+        ValueError where P + S exceeds the positions.
         """
         prefix = self.empty_prefix() if prefix is None else prefix
-        positions, mask = self.positions_and_mask(ids, prefix, key_mask, cache, tree)
+        positions, layers = self.positions_and_layers(ids, prefix, key_mask, cache, tree)
         x = self.wte(ids) + self.wpe(positions)                                 # (B, T, C)
-        for layer, (block, part) in enumerate(zip(self.h, prefix, strict=True)):
+        for layer, (block, (part, mask)) in enumerate(zip(self.h, layers, strict=True)):
             x = block(x, part, self.attention, mask, cache, layer)              # (B, T, C)
         if cache is not None:
             cache.length += ids.size(1)

@@ -36,11 +36,11 @@ def tensors_of(prefix):
 class Prefix(nn.Module):
     """P_theta. Calling it evaluates the MLP once and gives the keys and values of all layers.
 
-    empty: the model's `empty_prefix()`, whose shape tells L, H and D. width: C, of the model.
-    length: P. mid_dim: k, the MLP's hidden width (512 for tables, 800 for XSum in the paper); 0
-    leaves the MLP out and learns the P x 2LC numbers directly. init: "random" draws the table from
-    N(0, 1), PyTorch's default for an embedding; "uniform" from U(0, 1), the paper's random
-    initialisation for low data; "words" as "random", until `initialize` is called.
+    empty: the model's `empty_prefix()`, or its upper layers; its shape tells L, H and D. width: C,
+    of the model. length: P. mid_dim: k, the MLP's hidden width (512 for tables, 800 for XSum in the
+    paper); 0 leaves the MLP out and learns the P x 2LC numbers directly. init: "random" draws the
+    table from N(0, 1), PyTorch's default for an embedding; "uniform" from U(0, 1), the paper's
+    random initialisation for low data; "words" as "random", until `initialize` is called.
     """
     loss_per = "pair"       # sums over a target, averages over the batch, as in the official code
 
@@ -61,9 +61,10 @@ class Prefix(nn.Module):
                 nn.Linear(width, mid_dim), nn.Tanh(), nn.Linear(mid_dim, L * 2 * H * D))
 
     @classmethod
-    def for_model(cls, model, length, mid_dim=512, init="random"):
-        """A fresh prefix that fits `model`."""
-        return cls(model.empty_prefix(), model.width, length, mid_dim, init).to(model.device)
+    def for_model(cls, model, length, mid_dim=512, init="random", n_layers=0):
+        """A fresh prefix that fits `model`, for its upper n_layers; 0: for all."""
+        return cls(model.empty_prefix()[-n_layers:], model.width, length, mid_dim,
+                   init).to(model.device)
 
     def forward(self):
         """P_theta as the model takes it: (L, 2, 1, H, P, D), one copy for the whole batch."""
@@ -81,11 +82,12 @@ class Prefix(nn.Module):
 
     def initialize(self, target, steps=500, lr=1e-4):
         """Start from the keys and values `target` (L, 2, 1, H, P, D), not at random (section 7.4).
+        Where it has more layers than this prefix, the upper ones count.
 
         Without an MLP they are copied. With one, theta is fitted to them: 500 steps of Adam on the
         mean squared error, as in the official low-data code. Returns the error that is left.
         """
-        flat = flatten(target).float()                                          # (P, 2LC)
+        flat = flatten(target[-self.shape[0]:]).float()                         # (P, 2LC)
         if self.mlp is None:
             self.table.data.copy_(flat)
             return 0.0

@@ -30,9 +30,9 @@ from data import paper, tasks
 from data.batches import count_labels, epoch_batches
 from data.pairs import dev_batches, encode_examples, load_examples, pairs_of, settings_for
 from decoding.constraints import Constraints
-from prefix import summarize_parameters, target_loss, tensors_of
+from prefix import summarize_parameters, target_loss
 from pretrained import run_directory
-from pretrained.architectures import new_prefix
+from pretrained.architectures import flags_of, new_prefix
 from pretrained.load import load_model, name_of_dtype
 from sample import banned_tokens, forced_tokens, generate
 from utils.cli import flag, parse, run_program, stop_after_this_step
@@ -49,6 +49,8 @@ class Settings:
     method: str = flag("prefix", "what learns", choices=list(paper.TRAINING))
     prefix_len: int = flag(None, "P, keys and values in front of every layer", kind=int,
                            within=(1, inf))
+    prefix_layers: str = flag("", "FIRST-LAST: a prefix in these upper layers only, numbered from "
+                                  "0; left out: in all")
     prefixes: str = flag("", "BART's places and, after =, their lengths where it is not "
                              "--prefix-len: encoder,decoder,cross=20; left out: all three")
     mid_dim: int = flag(None, "hidden width of the MLP in front of the prefix; 0: no MLP; left "
@@ -121,15 +123,6 @@ def starting_point(settings, model, tokenizer):
     return None
 
 
-def with_lengths_of(start, settings):
-    """The settings, with the lengths of the prefix `start`."""
-    lengths = {"prefix_len": max(part.size(4) for part in tensors_of(start))}
-    if settings.start_from and isinstance(start, tuple):
-        lengths["prefixes"] = ",".join(f"{place}={part.size(4)}" for place, part
-                                       in start._asdict().items() if part.size(4))
-    return dataclasses.replace(settings, **lengths)
-
-
 def make_learner(settings, model, start=None):
     """What learns, by --method: a fresh prefix, or weights of the model itself."""
     torch.manual_seed(settings.seed)
@@ -141,7 +134,7 @@ def make_learner(settings, model, start=None):
                              f"({error}); use --method prefix") from error
         return FineTune(model, top=2 if settings.method == "finetune-top2" else None)
     prefix = new_prefix(model, settings.prefix_len, settings.mid_dim, settings.init,
-                        settings.prefixes)
+                        settings.prefixes, settings.prefix_layers)
     if start is not None:
         error = prefix.initialize(start)
         print(f"prefix started from {settings.start_from or repr(settings.init_text)}, length "
@@ -319,7 +312,7 @@ def main(argv=None):
         forms.set_attention(settings.attention, model)
     start = None if settings.resume else starting_point(settings, model, tokenizer)
     if start is not None:
-        settings = with_lengths_of(start, settings)
+        settings = dataclasses.replace(settings, **flags_of(start, model, settings))
     pairs, dev = encode_examples(*examples, settings, model, tokenizer)
     learner = make_learner(settings, model, start)
     steps = settings.steps or settings.epochs * math.ceil(len(pairs) / settings.batch_size)

@@ -18,7 +18,8 @@ from model import DecodingStart, KVCache, LanguageModel, pad, position_ids
 
 class ThreePrefixes(typing.NamedTuple):
     """A prefix of BART: one for each kind of attention, each (L, 2, 1 or B, H, P, D), keys then
-    values of every layer. Their lengths P may differ and be 0: no prefix there.
+    values of every layer, or of fewer, the upper ones. Their lengths P may differ and be 0: no
+    prefix there.
     """
     encoder: torch.Tensor       # in front of the source, where the source attends to itself
     decoder: torch.Tensor       # in front of the target, where the target attends to itself
@@ -180,12 +181,13 @@ class BART(LanguageModel):
         if prefix_mask is None:
             prefix_mask = source_mask.new_ones(len(source_mask), prefix.encoder.size(4))
         key_mask = torch.cat((prefix_mask, source_mask), 1)                     # (1 or B, P+S)
-        mask = self.attention.mask(key_mask, source.size(1), causal=False)
         # The text starts at position 0 whatever the prefix, as in the official code: a prefix of
         # BART takes no token's place, so it may even be longer than the positions.
         positions = torch.arange(source.size(1), device=source.device)          # (S,)
         x = self.encoder.embed(self.shared(source), positions, source.size(1))  # (B, S, C)
-        for block, part in zip(self.encoder.layers, prefix.encoder, strict=True):
+        layers = self.prefix_and_mask(prefix.encoder, len(self.encoder.layers), key_mask,
+                                      source.size(1), causal=False)
+        for block, (part, mask) in zip(self.encoder.layers, layers, strict=True):
             x = block(x, part, self.attention, mask)                            # (B, S, C)
         kv = [torch.stack(block.encoder_attn.keys_and_values(x)) for block in self.decoder.layers]
         return EncodedSource(torch.stack(kv), source_mask)                      # (L, 2, B, H, S, D)
@@ -211,13 +213,14 @@ class BART(LanguageModel):
         positions = torch.arange(n_tokens - T, n_tokens, device=ids.device)     # (T,)
         if tree is not None:                    # a token stands behind its own past
             positions = position_ids(key_mask[:, keys - n_tokens:], T, tree)    # (B, T)
-        mask = self.attention.mask(key_mask, T, causal=True, tree=tree)
+        n_layers = len(self.decoder.layers)
+        layers = self.prefix_and_mask(prefix.decoder, n_layers, key_mask, T, True, tree)
         n_cross = prefix.cross.size(4) + encoded.kv.size(4) - encoded.key_mask.size(1)
         source_mask = F.pad(encoded.key_mask, (n_cross, 0), value=True)         # (1 or B, P+S)
-        cross_mask = self.attention.mask(source_mask, T, causal=False)
+        cross_layers = self.prefix_and_mask(prefix.cross, n_layers, source_mask, T, causal=False)
         x = self.decoder.embed(self.shared(ids), positions, n_tokens)           # (B, T, C)
-        layers = zip(self.decoder.layers, prefix.decoder, prefix.cross, encoded.kv, strict=True)
-        for layer, (block, part, cross, source_kv) in enumerate(layers):
+        layers = zip(self.decoder.layers, layers, cross_layers, encoded.kv, strict=True)
+        for layer, (block, (part, mask), (cross, cross_mask), source_kv) in enumerate(layers):
             x = block(x, part, cross, source_kv, self.attention, mask, cross_mask, cache, layer)
         if cache is not None:
             cache.length += T
@@ -257,7 +260,8 @@ class BART(LanguageModel):
         key_mask = torch.cat((prefix_mask.cross, mask), 1)                      # (B, P+S)
         apart, cached = prefix, self.empty_prefix()
         kv = encoded.kv
-        if self.attention.joins_prefix:
+        every_layer = all(len(part) == len(full) for part, full in zip(prefix, cached))
+        if self.attention.joins_prefix and every_layer:
             apart, cached = cached, apart
             kv = torch.cat((prefix.cross.expand(-1, -1, len(source), -1, -1, -1), kv), 4)
         max_new_tokens = min(max_new_tokens, self.max_positions - 1)

@@ -44,10 +44,12 @@ class BARTPrefix(nn.ModuleDict):
         self.shapes = {place: getattr(empty, place).shape for place in PLACES}  # of length 0
 
     @classmethod
-    def for_model(cls, model, length, mid_dim=800, init="random", places=""):
-        """Fresh prefixes that fit `model`. places: see `parse_places`."""
+    def for_model(cls, model, length, mid_dim=800, init="random", places="", n_layers=0):
+        """Fresh prefixes that fit `model`. places: see `parse_places`; n_layers: as for `Prefix`.
+        """
+        empty = ThreePrefixes(*(part[-n_layers:] for part in model.empty_prefix()))
         lengths = parse_places(places, length, init)
-        return cls(model.empty_prefix(), model.width, lengths, mid_dim, init).to(model.device)
+        return cls(empty, model.width, lengths, mid_dim, init).to(model.device)
 
     def complete(self, found):
         """`ThreePrefixes` of {place: tensor}; what is not there gets the length 0."""

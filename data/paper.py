@@ -13,7 +13,8 @@ from pathlib import Path
 from data import summaries
 
 # Flags of train.py that only a prefix has.
-PREFIX_ONLY = ("prefix_len", "prefixes", "mid_dim", "init", "init_text", "start_from")
+PREFIX_ONLY = ("prefix_len", "prefix_layers", "prefixes", "mid_dim", "init", "init_text",
+               "start_from")
 OTHER = "all others, your own .jsonl too"
 XSUM = dict(lr=5e-5, epochs=30, batch_size=14, prefix_len=100, mid_dim=800)         # of BART
 TRAINING = {
@@ -80,8 +81,8 @@ def contradictions_in(s):
         (s.steps and s.epochs, "--steps and --epochs", "one of them; leave one out"),
         (words and s.prefix_len, "--prefix-len with --init words",
          "one of them: the words of --init-text decide the length"),
-        (s.start_from and (s.prefix_len or s.prefixes or s.init != "random"),
-         "--start-from with --prefix-len, --prefixes or --init",
+        (s.start_from and (s.prefix_len or s.prefix_layers or s.prefixes or s.init != "random"),
+         "--start-from with --prefix-len, --prefix-layers, --prefixes or --init",
          "it without: the prefix of that run decides; leave them out"),
         (s.method != "prefix" and changed, f"--{first} with --method {s.method}",
          "one of them: that method has no prefix; leave one out"),

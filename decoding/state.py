@@ -24,6 +24,9 @@ def stack_prefixes(prefix, B):
     if isinstance(prefix[0], tuple):
         parts, masks = zip(*(stack_prefixes(list(part), B) for part in zip(*prefix)))
         return type(prefix[0])(*parts), type(prefix[0])(*masks)
+    if len({len(p) for p in prefix}) > 1:
+        raise ValueError(f"got prefixes of {sorted({len(p) for p in prefix})} layers in a batch; "
+                         "expected the same layers in all; decode them apart")
     P = max(p.size(4) for p in prefix)
     padded = [F.pad(p, (0, 0, P - p.size(4), 0)) for p in prefix]       # (L, 2, 1, H, P, D)
     gaps = torch.tensor([[P - p.size(4)] for p in prefix], device=prefix[0].device)     # (B, 1)

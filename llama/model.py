@@ -160,10 +160,10 @@ class Llama(LanguageModel):
     def hidden_states(self, ids, prefix=None, key_mask=None, cache=None, tree=None):
         """The hidden states of the tokens `ids`, after the final norm: see GPT2.hidden_states."""
         prefix = self.empty_prefix() if prefix is None else prefix
-        positions, mask = self.positions_and_mask(ids, prefix, key_mask, cache, tree)
+        positions, layers = self.positions_and_layers(ids, prefix, key_mask, cache, tree)
         cos, sin = rotation(positions, self.config, self.dtype)         # (1 or B, 1, T, D/2) each
         x = self.embed_tokens(ids)                                              # (B, T, C)
-        for layer, (block, part) in enumerate(zip(self.layers, prefix, strict=True)):
+        for layer, (block, (part, mask)) in enumerate(zip(self.layers, layers, strict=True)):
             x = block(x, part, self.attention, mask, cache, layer, cos, sin)    # (B, T, C)
         if cache is not None:
             cache.length += ids.size(1)

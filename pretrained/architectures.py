@@ -7,7 +7,7 @@ bart/. Another model is another function and another line in ARCHITECTURES.
 import typing
 
 from model import GPT2, GPT2Config
-from prefix import Prefix
+from prefix import Prefix, tensors_of
 
 
 class Architecture(typing.NamedTuple):
@@ -96,9 +96,42 @@ def architecture(name):
                          "the folder of that model; restore it") from error
 
 
-def new_prefix(model, length, mid_dim=512, init="random", places=""):
-    """A fresh prefix for `model`: see `Prefix`. places: where an encoder-decoder has prefixes."""
-    cls = architecture(model.architecture).prefix
-    if places:
-        return cls.for_model(model, length, mid_dim, init, places)
-    return cls.for_model(model, length, mid_dim, init)
+def parse_layers(text, model):
+    """How many of the model's upper layers "10-29" are, numbered from 0; all of "".
+
+    Raises ValueError for other layers: only below a prefix is there nothing to compute backwards.
+    """
+    totals = {len(part) for part in tensors_of(model.empty_prefix())}   # encoder and decoder
+    first, dash, last = text.partition("-")
+    right = [total - int(first) for total in totals
+             if first.isdecimal() and last == f"{total - 1}" and int(first) < total]
+    if text and len(right) < len(totals):
+        top = " and ".join(f"{total - 1}" for total in sorted(totals))
+        raise ValueError(f"got --prefix-layers {text}; expected FIRST-LAST, numbered from 0, with "
+                         f"the model's highest layer, {top}, as LAST")
+    return right[0] if text else max(totals)
+
+
+def new_prefix(model, length, mid_dim=512, init="random", places="", layers=""):
+    """A fresh prefix for `model`: see `Prefix`. places: where an encoder-decoder has prefixes.
+    layers: see `parse_layers`.
+    """
+    cls, options = architecture(model.architecture).prefix, {"places": places} if places else {}
+    return cls.for_model(model, length, mid_dim, init, n_layers=parse_layers(layers, model),
+                         **options)
+
+
+def flags_of(start, model, settings):
+    """The flags of train.py that tell the shape of `start`, the prefix that a new one starts from.
+
+    Of --init words only the length; of --start-from the layers, and a BART's places, too.
+    """
+    flags = {"prefix_len": max(part.size(4) for part in tensors_of(start))}
+    if settings.start_from:
+        (n, total), *_ = ((len(part), len(full)) for part, full
+                          in zip(tensors_of(start), tensors_of(model.empty_prefix())))
+        flags["prefix_layers"] = f"{total - n}-{total - 1}" if n < total else ""
+        if isinstance(start, tuple):
+            flags["prefixes"] = ",".join(f"{place}={part.size(4)}" for place, part
+                                         in start._asdict().items() if part.size(4))
+    return flags

@@ -50,6 +50,10 @@ def write_peft(run, out):
     model, _, prefix = load_run(run, "cpu", "fp32")
     check_one_prefix(model, run)
     L, _, _, H, P, D = prefix.shape
+    if L < len(model.empty_prefix()):
+        raise ValueError(f"got {run}, a prefix of the upper {L} of {len(model.empty_prefix())} "
+                         "layers; expected one of all: peft's format has no other; train it "
+                         "without --prefix-layers")
     flat = flatten(prefix).contiguous()                                         # (P, 2LC)
     name = run_settings(run)["model"]
     about = {"peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": P,

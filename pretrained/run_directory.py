@@ -49,8 +49,10 @@ def load_prefix(path, model):
         fingerprint, prefix, empty = saved["fingerprint"], saved["prefix"], model.empty_prefix()
         if fingerprint == model.fingerprint:    # a BART's has other parts than a GPT-2's
             prefix = type(empty)(**prefix) if isinstance(empty, tuple) else prefix
-            shapes = [(tuple(part.shape), (*like.shape[:4], part.size(4), like.size(5))) for
-                      part, like in zip(tensors_of(prefix), tensors_of(empty))]
+            # It may have fewer layers, the upper ones, and any length.
+            shapes = [(tuple(part.shape), (min(max(1, len(part)), len(like)), *like.shape[1:4],
+                                           part.size(4), like.size(5)))
+                      for part, like in zip(tensors_of(prefix), tensors_of(empty))]
     except UNREADABLE as error:
         raise ValueError(f"got {path}, which is no prefix ({describe(error)}); expected the "
                          "prefix.pt of a run of train.py with this kind of model") from error

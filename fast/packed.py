@@ -80,6 +80,7 @@ class Packed(nn.Module):
         super().__init__()
         weight, reorder = weight.detach(), torch.ops.mkldnn._reorder_linear_weight
         self.weight, self.bias = reorder(weight, ROWS), bias
+        self.out_features, self.in_features = weight.shape
         self.transposed = reorder(weight.t().contiguous(), ROWS) if learning else None
         self.least = LEAST if has_avx512() else 1
 

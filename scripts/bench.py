@@ -35,7 +35,7 @@ from model import ExplicitAttention
 from pretrained.load import decide_device, name_of_dtype
 from sample import generate, sample_token
 from scripts.bench_data import P
-from scripts.bench_train import SIZES, added, dev, in_turns, over_best_peft, same_weights, train
+from scripts.bench_train import added, dev, in_turns, over_best_peft, same_weights, size_of, train
 from scripts.peft_model import peft_model, random_model
 from utils.cli import flag, parse, run_program
 from utils.files import atomic_write
@@ -58,6 +58,8 @@ class Settings:
     what: str = flag("", "attention, decode, train or dev")
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     dtype: str = flag("auto", "auto: bf16 on a GPU, else fp32", choices=["auto", "fp32", "bf16"])
+    model: str = flag("gpt2", "with random weights: GPT-2 small, on a GPU medium; or a Llama of "
+                              "SmolLM2's shape", choices=["gpt2", "llama"])
     rounds: int = flag(0, "turns that each form takes; 0: 5, on a GPU 10, of attention 50",
                        within=(0, 10 ** 6))
     data_dir: str = flag("", "train and dev take E2E's texts from here; left out: lengths like "
@@ -183,9 +185,9 @@ def their_decoder(theirs):
     return decode
 
 
-def decoders(device, dtype):
+def decoders(device, dtype, name):
     """{form: function of prompts and beams}; the first is sample.py without a flag."""
-    model = random_model(SIZES[device.type], device, dtype)
+    model = random_model(size_of(name, device), device, dtype)
     L, _, _, H, _, D = model.empty_prefix().shape
     prefix = torch.randn(L, 2, 1, H, P, D, device=device, dtype=dtype)
     found = {"ours": our_decoder(model, prefix)}
@@ -200,10 +202,10 @@ def decoders(device, dtype):
                     for name in ("sdpa", "eager")}
 
 
-def decode(device, dtype, rounds):
+def decode(device, dtype, rounds, name):
     """Print a table of tokens a second; yield one row of figures for each form and case."""
-    everyone, rng = decoders(device, dtype), random.Random(0)
-    V = SIZES[device.type].vocab_size
+    everyone, rng = decoders(device, dtype, name), random.Random(0)
+    V = size_of(name, device)[1].vocab_size
     print(f"{'':24}{'form':>16}{'tokens/s':>10}{'/ best peft':>13}{'same tokens':>13}")
     for title, (B, beams) in DECODING[device.type].items():
         forms = {name: partial(form, beams=beams) for name, form in everyone.items()
@@ -224,9 +226,11 @@ def decode(device, dtype, rounds):
 
 def main(argv=None):
     settings = parse(Settings, argv, "Measure speed beside the alternatives.", "what")
-    measures = {"attention": attention, "decode": decode,
-                "train": partial(train, data_dir=settings.data_dir, compiled=settings.compile),
-                "dev": partial(dev, data_dir=settings.data_dir)}
+    options = dict(name=settings.model)
+    texts = options | dict(data_dir=settings.data_dir)
+    measures = {"attention": attention, "decode": partial(decode, **options),
+                "train": partial(train, **texts, compiled=settings.compile),
+                "dev": partial(dev, **texts)}
     if settings.what not in measures:
         raise ValueError(f"got {settings.what!r}; expected what to measure: {', '.join(measures)}; "
                          "`python -m scripts.bench attention`")
@@ -247,8 +251,8 @@ def main(argv=None):
         machine = (f"{platform.processor() or platform.machine()}, "
                    f"{torch.backends.cpu.get_cpu_capability()}")
     about = {"measure": settings.what, "machine": machine, "torch": torch.__version__,
-             "dtype": name_of_dtype(dtype), "rounds": rounds, "threads": torch.get_num_threads(),
-             "date": datetime.date.today().isoformat()}
+             "model": settings.model, "dtype": name_of_dtype(dtype), "rounds": rounds,
+             "threads": torch.get_num_threads(), "date": datetime.date.today().isoformat()}
     print(" ".join(f"{key} {value}" for key, value in about.items()))
     lines = []
     for row in measures[settings.what](device, dtype, rounds):

@@ -32,13 +32,15 @@ def drawn_pairs(lengths, vocab_size, tables, references=8):
     return pairs
 
 
-def some_pairs(split, config, data_dir):
+def some_pairs(split, vocab_size, data_dir):
     """The pairs of some tables: E2E's own, as train.py reads them, or of such lengths."""
     if not data_dir:
-        return drawn_pairs(LIKE_E2E, config.vocab_size, TABLES[split])
+        return drawn_pairs(LIKE_E2E, vocab_size, TABLES[split])
     examples = random.Random(0).sample(tasks.load("e2e", split, data_dir), TABLES[split])
     tokenizer = Tokenizer(byte_level_bpe(Path(__file__).parent))    # no file of its own: GPT-2's
-    return causal.encode(examples, tokenizer, config.n_positions - P)[0]
+    pairs, _ = causal.encode(examples, tokenizer, 1024 - P)
+    # For another vocabulary the words are other ones, but as many.
+    return [Pair([i % vocab_size for i in pair.ids], pair.start) for pair in pairs]
 
 
 class Case(typing.NamedTuple):
@@ -72,13 +74,13 @@ def spread(batches, count):
     return [batches[(2 * i + 1) * len(batches) // (2 * count)] for i in range(count)]
 
 
-def kinds_of_batches(pairs, size, count, model):
+def kinds_of_batches(pairs, size, count, model, share=0):
     """{kind: Cases}. alike: pairs of similar lengths, as train.py has them. random: drawn from all,
-    as loops mostly have them. tables: those of a source together, as for --share-source.
+    as loops mostly have them. tables: `share` of a source together, as for --share-source; 0: all.
     """
     rng = random.Random(0)
     alike, tables = ([[pairs[i] for i in batch] for batch in epoch_batches(
-        pairs, size, 0, 0, share)] for share in (0, size))
+        pairs, size, 0, 0, share)] for share in (0, share or size))
     found = {"alike": alike, "random": [rng.sample(pairs, size) for _ in alike], "tables": tables}
     return {kind: [make_case(batch, model) for batch in
                    spread([batch for batch in batches if len(batch) == size], count)]

@@ -22,17 +22,19 @@ from data.batches import count_labels
 from fast import packed, tries
 from fast.cuda_graph import replay_of
 from fast.forms import set_attention, training_forms
-from model import GPT2Config
 from prefix import Prefix, target_loss
+from pretrained.architectures import architecture
 from scripts.bench_data import TABLES, P, drawn_pairs, kinds_of_batches, make_case, some_pairs
 from scripts.peft_model import peft_model, random_model
 
-SIZES = {"cpu": GPT2Config(), "cuda": GPT2Config(n_embd=1024, n_layer=24, n_head=16)}  # medium
+SIZES = {"gpt2": {"cpu": {}, "cuda": dict(n_embd=1024, n_layer=24, n_head=16)},     # small, medium
+         "llama": {"cpu": {}, "cuda": {}}}                                      # SmolLM2's shape
 CASES = {  # pairs in a batch, batches that are timed, lengths; None: E2E's own, if there
     "cpu": {"8 pairs": (8, 4, None), "40 pairs": (40, 1, None)},
     "cuda": {"32 x 96 tokens": (32, 1, ((56, 0), (40, 0))), "10 pairs": (10, 2, None),
              "5 pairs": (5, 2, None)},                          # the paper's batches: 10 and 5
 }
+CASES_OF_LLAMA = {"12 pairs": (12, 3, None, 3)}                 # as SmolLM2 learns E2E
 LIMIT = "multiplications alone"
 PLAIN = dict(fast=False, attention="explicit", compile=False, gradient_checkpointing=False,
              share_source=0)    # flags of train.py
@@ -178,34 +180,43 @@ def added(once, device):
     return most
 
 
-def scoring(config, n_read, n_labels):
+def weights_of(model):
+    """[(layer, in, out, whether the gradient goes back through it)] of all the model's blocks.
+
+    Nothing that learns stands in front of the first queries, keys and values: these have no
+    backward pass.
+    """
+    first = set(model.blocks()[0].modules())
+    return [(layer, layer.in_features, layer.out_features, not (layer in first and name.endswith(
+        ("c_attn", "q_proj", "k_proj", "v_proj"))))
+        for name, layer in model.named_modules() if name and hasattr(layer, "in_features")
+        and "lm_head" not in name]
+
+
+def scoring(model, n_read, n_labels):
     """Floating point operations that the loss of some tokens cannot do without.
 
     `n_read` tokens times a weight (in, out) are 2 * n_read * in * out operations. Only `n_labels`
     need the head. Attention's scores, about 1 % at these lengths, are left out.
     """
-    C = config.n_embd
-    blocks = config.n_layer * 12 * C * C        # c_attn 3 C * C, c_proj 1, c_fc 4, c_proj 4
-    return 2 * blocks * n_read + 2 * C * config.vocab_size * n_labels
+    blocks = sum(inside * outside for _, inside, outside, _ in weights_of(model))
+    return 2 * blocks * n_read + 2 * model.width * model.config.vocab_size * n_labels
 
 
-def useful(config, n_read, n_labels):
+def useful(model, n_read, n_labels):
     """The same of a step: in the backward pass the gradient for these tokens takes as many.
 
-    Weights that do not learn want no gradient. Nothing that learns stands in front of the first
-    c_attn: it has no backward pass.
+    Weights that do not learn want no gradient.
     """
-    return 2 * scoring(config, n_read, n_labels) - 2 * 3 * config.n_embd ** 2 * n_read
+    first = sum(inside * outside for _, inside, outside, back in weights_of(model) if not back)
+    return 2 * scoring(model, n_read, n_labels) - 2 * first * n_read
 
 
 def multiplications(model):
     """A function of a Case that does what `useful` counts, by the model's own weights, and nothing
     else: what is left when attention, layer norms, GELU, softmax, memory and Python cost nothing.
     """
-    C, like = model.config.n_embd, model.word_embedding.weight
-    layers = [layer for block in model.h for layer in (
-        (block.attn.c_attn, C, 3 * C), (block.attn.c_proj, C, C),
-        (block.mlp.c_fc, C, 4 * C), (block.mlp.c_proj, 4 * C, C))]
+    C, like, layers = model.width, model.word_embedding.weight, weights_of(model)
 
     @cache                                      # buffers that are there already: no page is new
     def rows(number, width, use):
@@ -222,8 +233,8 @@ def multiplications(model):
             torch.mm(rows(N, outside, "in"), layer.weight, out=rows(N, inside, "out"))
 
     def once(case):
-        for number, layer in enumerate(layers):
-            both_ways(case.n_read, *layer, backward=number > 0)
+        for layer in layers:
+            both_ways(case.n_read, *layer)
         # The head: the word embedding again, or where it is packed, what stands behind the method.
         head = getattr(model.head, "__self__", None)
         both_ways(case.n_labels, model.word_embedding if head is model else head, C, like.size(0))
@@ -297,13 +308,13 @@ def one_case(title, forms, models, batches, device, rounds):
     limits = {f"{LIMIT} {n}": (replayed(multiplications(model), batches["alike"], device),
                                batches["alike"]) for n, model in enumerate(models)}
     taken = in_turns(steps | limits, device, rounds)
-    rows, config = [], models[0].config
-    operations = sum(useful(config, case.n_read, case.n_labels) for case in batches["alike"])
+    rows, model = [], models[0]
+    operations = sum(useful(model, case.n_read, case.n_labels) for case in batches["alike"])
     limit = operations / min(taken[name] for name in limits)                    # in a second
     for form in forms:
         own = batches[form.kind]
-        operations = sum(useful(config, case.n_nodes, case.n_learned) if form.kind == "tables" else
-                         useful(config, case.n_read, case.n_labels) for case in own)
+        operations = sum(useful(model, case.n_nodes, case.n_learned) if form.kind == "tables" else
+                         useful(model, case.n_read, case.n_labels) for case in own)
         rows.append({"what": title, "form": form.name,
                      "tokens/s": sum(case.n_tokens for case in own) / taken[form.name],
                      "of the limit": operations / taken[form.name] / limit,
@@ -311,9 +322,15 @@ def one_case(title, forms, models, batches, device, rounds):
     return over_best_peft(rows) + [{"what": title, "form": LIMIT, "GFLOP/s": limit / 1e9}]
 
 
-def train(device, dtype, rounds, data_dir, compiled=False):
+def size_of(name, device):
+    """The architecture and the config that are measured on this device."""
+    return name, architecture(name).config(**SIZES[name][device.type])
+
+
+def train(device, dtype, rounds, name, data_dir, compiled=False):
     """Print a table of real tokens a second; yield one row of figures for each form and case."""
-    size, cases = SIZES[device.type], CASES[device.type]
+    size = size_of(name, device)
+    cases = CASES_OF_LLAMA if name == "llama" else CASES[device.type]
     texts = "E2E" if data_dir else "drawn, of lengths like those of E2E"
     model = random_model(size, device, torch.float32)
     frozen = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
@@ -324,10 +341,11 @@ def train(device, dtype, rounds, data_dir, compiled=False):
     print(f"texts: {texts}; a copy reads and writes {copy_rate:.1f} GB/s\n"
           f"{'':16}{'form':26}{'tokens/s':>10}{'/ best peft':>13}{'of limit':>10}{'MB':>9}"
           f"{'loss off':>10}{'gradient':>10}")
-    for title, (n_pairs, count, lengths) in cases.items():
-        pairs = (drawn_pairs(lengths, size.vocab_size, TABLES["train"]) if lengths else
-                 some_pairs("train", size, data_dir))
-        batches = kinds_of_batches(pairs, n_pairs, count, frozen)
+    for title, (n_pairs, count, lengths, *share) in cases.items():
+        vocab_size = model.config.vocab_size
+        pairs = (drawn_pairs(lengths, vocab_size, TABLES["train"]) if lengths else
+                 some_pairs("train", vocab_size, data_dir))
+        batches = kinds_of_batches(pairs, n_pairs, count, frozen, *share)
         forms = all_forms(model, frozen, start, n_pairs, compiled)
         off = differences(forms, reference, batches)
         models = frozen, packed_model(frozen)
@@ -343,13 +361,14 @@ def train(device, dtype, rounds, data_dir, compiled=False):
             yield row
 
 
-def dev(device, dtype, rounds, data_dir):
+def dev(device, dtype, rounds, name, data_dir):
     """Print how fast a dev set is evaluated: as train.py does it, without a flag and with --fast,
     and by peft, whose batches hold the pairs in their order. Yield the rows of figures.
     """
-    size, most = SIZES[device.type], 16         # as many pairs as train.py evaluates at once
-    frozen = random_model(size, device, dtype)
-    start, pairs = Prefix.for_model(frozen, P, mid_dim=0), some_pairs("dev", size, data_dir)
+    most = 16                                   # as many pairs as train.py evaluates at once
+    frozen = random_model(size_of(name, device), device, dtype)
+    start = Prefix.for_model(frozen, P, mid_dim=0)
+    pairs = some_pairs("dev", frozen.config.vocab_size, data_dir)
     prefix, n_labels = start.fold().to(dtype), count_labels(pairs)
 
     def with_forms(fast):
@@ -368,7 +387,7 @@ def dev(device, dtype, rounds, data_dir):
     groups = {"ours": tries.by_source(pairs, 1), "ours, fast": tries.by_source(pairs, most)}
     counts = {name: [sum(map(len, parts)) for parts in zip(*map(tries.trie, rows))]
               for name, rows in groups.items()}
-    least = {name: scoring(size, *count) for name, count in counts.items()}
+    least = {name: scoring(frozen, *count) for name, count in counts.items()}
     losses = {name: sum(step(case).item() for case in own) / n_labels
               for name, (step, own) in steps.items()}
     taken, n_tokens = in_turns(steps, device, rounds), sum(len(pair.ids) for pair in pairs)
@@ -377,10 +396,10 @@ def dev(device, dtype, rounds, data_dir):
     for row in over_best_peft([{"what": f"{TABLES['dev']} tables, {len(pairs)} pairs",
                                 "form": name, "tokens/s": n_tokens / taken[name]}
                                for name in steps]):
-        name = row["form"]
-        bound = least["ours"] / least[name] if name in least else None
-        print(f"{row['what'] if name == 'ours' else '':24}{name:>14}{row['tokens/s']:>10.0f}"
+        form = row["form"]
+        bound = least["ours"] / least[form] if form in least else None
+        print(f"{row['what'] if form == 'ours' else '':24}{form:>14}{row['tokens/s']:>10.0f}"
               f"{row['over best peft']:>13.2f}{'-' if bound is None else f'{bound:.2f}':>20}"
-              f"{losses[name]:>11.6f}", flush=True)
-        yield row | {"by multiplications": bound, "loss": losses[name],
+              f"{losses[form]:>11.6f}", flush=True)
+        yield row | {"by multiplications": bound, "loss": losses[form],
                      "texts": "E2E" if data_dir else "drawn"}

@@ -3,19 +3,24 @@
 Weights are random: speed does not depend on what a model has learned, so nothing is downloaded.
 Letters as in model.py.
 """
+import dataclasses
+
 import torch
 
-from model import GPT2
 from prefix import flatten
 from pretrained.architectures import architecture
 
 
-def random_model(config, device, dtype):
-    """A frozen GPT-2 as it is initialised before its training, with biases that count."""
+def random_model(size, device, dtype):
+    """A frozen GPT-2 or Llama as it is initialised before its training, with biases that count.
+
+    size: the name of its architecture, and its config.
+    """
     torch.manual_seed(0)
-    model = GPT2(config)
+    name, config = size
+    model = architecture(name).model(config)
     for name, x in model.named_parameters():
-        if "ln_" not in name:
+        if "ln_" not in name and "norm" not in name:
             torch.nn.init.normal_(x, std=0.02)
     return model.to(device, dtype).eval().requires_grad_(False)
 
@@ -28,14 +33,12 @@ def peft_model(model, prefix, attention):
     except ImportError as error:
         raise ValueError(f"got no package {error.name}; expected it, to compare with; `pip install "
                          "-r requirements-optional.txt`") from error
-    c = model.config
-    config = transformers.GPT2Config(
-        vocab_size=c.vocab_size, n_positions=c.n_positions, n_embd=c.n_embd, n_layer=c.n_layer,
-        n_head=c.n_head, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    config = transformers.CONFIG_MAPPING[model.architecture](
+        **dataclasses.asdict(model.config), bos_token_id=0, eos_token_id=0, pad_token_id=0,
         attn_implementation=attention)
     with torch.device(model.device):            # a GPU draws weights faster, to be replaced
-        theirs = transformers.GPT2LMHeadModel(config)
-    about = architecture("gpt2")
+        theirs = transformers.AutoModelForCausalLM.from_config(config)
+    about = architecture(model.architecture)
     state = {about.root + name: x.T if name.endswith(about.transposed) else x
              for name, x in model.state_dict().items()}
     theirs.load_state_dict(state | {"lm_head.weight": model.word_embedding.weight})

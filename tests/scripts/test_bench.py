@@ -4,8 +4,8 @@ import json
 import pytest
 import torch
 
-from model import ExplicitAttention, GPT2Config
-from scripts import bench
+from model import ExplicitAttention
+from scripts import bench, bench_train
 
 
 def test_what_is_timed_is_the_same_function():
@@ -50,7 +50,8 @@ def test_the_decoders_that_are_timed_give_the_same_tokens(monkeypatch, tmp_path)
     """
     pytest.importorskip("peft", reason="ours is compared with it: pip install peft")
     pytest.importorskip("transformers", reason="ours is compared with it: pip install transformers")
-    monkeypatch.setitem(bench.SIZES, "cpu", GPT2Config(211, 128, 24, 2, 4))
+    monkeypatch.setitem(bench_train.SIZES["gpt2"], "cpu", dict(
+        vocab_size=211, n_positions=128, n_embd=24, n_layer=2, n_head=4))
     monkeypatch.setattr(bench, "NEW_TOKENS", 6)
     out = tmp_path / "figures.jsonl"
     bench.main(["decode", "--device", "cpu", "--rounds", "1", "--out", str(out)])

@@ -8,13 +8,25 @@ import pytest
 import torch
 
 from data.batches import Pair
-from model import GPT2Config
 from prefix import Prefix
 from scripts import bench, bench_data, bench_train, draw_speed
 from scripts.bench_data import kinds_of_batches, make_case, some_pairs
 from scripts.bench_train import added, multiplications, useful
 
-SMALL = GPT2Config(211, 128, 24, 2, 4)
+SMALL = {"gpt2": dict(vocab_size=211, n_positions=128, n_embd=24, n_layer=2, n_head=4),
+         "llama": dict(vocab_size=211, max_position_embeddings=128, hidden_size=24,
+                       intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+                       num_key_value_heads=2, head_dim=6)}
+
+
+@pytest.fixture(params=SMALL)
+def name(request, monkeypatch):
+    """Of an architecture, whose measured size is a small one."""
+    if request.param != "gpt2":
+        pytest.importorskip(f"{request.param}.model",
+                            reason=f"the folder {request.param}/ is not here")
+    monkeypatch.setitem(bench_train.SIZES[request.param], "cpu", SMALL[request.param])
+    return request.param
 
 
 def peft_or_skip():
@@ -22,18 +34,19 @@ def peft_or_skip():
     pytest.importorskip("transformers", reason="ours is compared with it: pip install transformers")
 
 
-def test_all_forms_have_the_same_loss_and_gradient():
+def test_all_forms_have_the_same_loss_and_gradient(name):
     """Would catch: a peft that reads padding, another prefix or other weights, a loss on the source
     too; a trie whose targets see each other.
     """
     peft_or_skip()
-    model = bench_train.random_model(SMALL, torch.device("cpu"), torch.float32)
+    size = bench_train.size_of(name, torch.device("cpu"))
+    model = bench_train.random_model(size, torch.device("cpu"), torch.float32)
     for parameter in model.parameters():        # far from where all words are equally likely
         parameter.data += 0.1 * torch.randn_like(parameter)
     torch.manual_seed(3)
     start = Prefix.for_model(model, bench_train.P, mid_dim=0)
     half = copy.deepcopy(model).to(torch.bfloat16)
-    batches = kinds_of_batches(some_pairs("train", SMALL, ""), 8, 1, model)
+    batches = kinds_of_batches(some_pairs("train", 211, ""), 8, 1, model)
     reference = bench_train.ours("reference", model, start)
 
     def off_of(frozen):
@@ -41,13 +54,13 @@ def test_all_forms_have_the_same_loss_and_gradient():
         return bench_train.differences(forms, reference, batches)
     off = off_of(model)
     assert {"ours, fast, shared", "peft, sdpa", "peft, eager, random"} <= off.keys()
-    for name, (loss, gradient) in off.items():          # fp32's rounding over a few layers: 1e-6
-        assert loss < 1e-5 and gradient < 1e-4, name
+    for form, (loss, gradient) in off.items():          # fp32's rounding over a few layers: 1e-6
+        assert loss < 1e-5 and gradient < 1e-4, form
     off = off_of(half)
     assert {"ours", "peft, autocast", "peft, autocast, random"} <= off.keys()
     own = off["ours"]                           # bf16's rounding, as large as ours finds it
-    for name, (loss, gradient) in off.items():
-        assert loss < 10 * own[0] + 1e-3 and gradient < 3 * own[1], name
+    for form, (loss, gradient) in off.items():
+        assert loss < 10 * own[0] + 1e-3 and gradient < 3 * own[1], form
 
 
 def test_the_tokens_of_a_batch_are_counted_without_padding(model):
@@ -69,7 +82,7 @@ def test_the_limit_does_exactly_the_useful_multiplications(model):
     case = make_case([Pair([1, 2, 3, 4, 5], 3), Pair([1, 2, 3, 6], 3)], model)
     with FlopCounterMode(display=False) as counted:
         multiplications(model)(case)
-    assert counted.get_total_flops() == useful(model.config, case.n_read, case.n_labels)
+    assert counted.get_total_flops() == useful(model, case.n_read, case.n_labels)
     start = Prefix.for_model(model, 3, mid_dim=0).double()
     # One source that is read once, no padding: then only attention comes on top.
     pairs = [Pair([1, 2, 3, 4, 5, 6], 3), Pair([1, 2, 3, 4, 8, 7], 3)]
@@ -80,7 +93,7 @@ def test_the_limit_does_exactly_the_useful_multiplications(model):
     # q k^T and weights v: 2 T (P+S) C operations each, and backward each twice as many. In the
     # first layer nobody asks for the gradient of q.
     one = 2 * 6 * (3 + 6) * config.n_embd
-    assert counted.get_total_flops() == useful(config, case.n_nodes, case.n_learned) + one * (
+    assert counted.get_total_flops() == useful(model, case.n_nodes, case.n_learned) + one * (
         6 * config.n_layer - 1)
 
 
@@ -110,30 +123,28 @@ def test_the_memory_of_a_step_is_its_fullest_moment():
     assert added(once, torch.device("cpu")) == 4 * (2000 + 2000 + 500)
 
 
-def test_a_row_of_figures_for_each_form_of_a_step(monkeypatch, tmp_path, capsys):
+def test_a_row_of_figures_for_each_form_of_a_step(name, monkeypatch, tmp_path, capsys):
     """Would catch: a bench that fails after its minutes of work, a ratio upside down."""
     peft_or_skip()
-    monkeypatch.setattr(bench_train, "SIZES", {"cpu": SMALL})
     monkeypatch.setattr(bench_train, "CASES", {"cpu": {"4 pairs": (4, 1, None)}})
     out = tmp_path / "figures.jsonl"
-    bench.main(["train", "--device", "cpu", "--rounds", "1", "--out", str(out)])
+    bench.main(["train", "--model", name, "--device", "cpu", "--rounds", "1", "--out", str(out)])
     copied, *rows, limit = [json.loads(line) for line in out.read_text().splitlines()]
     assert copied["GB/s"] > 0 and limit["GFLOP/s"] > 0 and copied["texts"].startswith("drawn")
     rates = {row["form"]: row["tokens/s"] for row in rows}
-    best = max(rate for name, rate in rates.items() if name.startswith("peft"))
+    best = max(rate for form, rate in rates.items() if form.startswith("peft"))
     assert {"ours", "ours, fast, checkpointed", "peft, sdpa", "peft, eager, random"} <= rates.keys()
     assert all(row["over best peft"] == row["tokens/s"] / best for row in rows)
     assert all(row["MB"] > 0 and row["loss off"] < 1e-5 for row in rows)
     assert "ours, fast, shared" in capsys.readouterr().out
 
 
-def test_the_dev_loss_is_the_same_with_each_source_read_once(monkeypatch, tmp_path):
+def test_the_dev_loss_is_the_same_with_each_source_read_once(name, monkeypatch, tmp_path):
     """Would catch: a comparison of a figure with another figure; a peft that reads padding."""
     peft_or_skip()
-    monkeypatch.setattr(bench_train, "SIZES", {"cpu": SMALL})
     monkeypatch.setitem(bench_data.TABLES, "dev", 2)
     out = tmp_path / "figures.jsonl"
-    bench.main(["dev", "--device", "cpu", "--rounds", "1", "--out", str(out)])
+    bench.main(["dev", "--model", name, "--device", "cpu", "--rounds", "1", "--out", str(out)])
     apart, once, *peft = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["form"] for row in (apart, once)] == ["ours", "ours, fast"]
     assert [row["form"] for row in peft] == ["peft, sdpa", "peft, eager"]

@@ -1,0 +1,284 @@
+"""The paper's claims on real data: `python -m scripts.real_data`, by docs/real_data.md.
+
+Every run is the commands `python train.py ...` and `python -m scripts.evaluate ...` that anyone can
+give, in a directory of its own under --out, and becomes one line of the results file. What is in
+that file is not run again, and a run that was stopped goes on where it was: so hours of work may
+be cut into evenings. `--full` takes the paper's own settings, at full epochs, for a GPU.
+Not here: training (train.py), scores (scripts/evaluate.py), what needs no learning
+(baselines/untrained.py).
+"""
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import time
+import typing
+from pathlib import Path
+
+import torch
+
+import sample
+from baselines import untrained
+from data import tasks
+from scripts.evaluate import parts_of, scores_of
+from scripts.results import append_rows, read_rows, write_rows
+from utils.cli import flag, parse, run_program
+
+HERE = Path(__file__).parent.parent
+RATES = {"prefix": (5e-4, 1e-3, 2e-3), "finetune": (3e-5, 1e-4, 3e-4),
+         "finetune-top2": (1e-4, 3e-4, 1e-3)}
+SHARED = ("--batch-size", "12", "--share-source", "3", "--warmup", "20", "--dev-pairs", "100")
+LOW = {50: 100, 100: 100, 500: 200}             # pairs to learn from -> steps of 10
+GROUPS = ("untrained", "grid", "low-grid", "layers", "low", "main", "length", "webnlg", "scitldr")
+
+
+class Run(typing.NamedTuple):
+    group: str
+    name: str
+    data: str
+    flags: tuple = ()       # of train.py; (): nothing is trained
+    beams: bool = False     # decode with the paper's beams, too
+
+
+@dataclasses.dataclass
+class Settings:
+    model: str = flag("smollm2", "the frozen model")
+    data_dir: str = flag("", "where the data sets are; left out: they are downloaded")
+    out: str = flag("out/real-data", "directory of the runs")
+    results: str = flag("docs/results/real-data.jsonl", "a line for each run")
+    only: list = flag([], f"{', '.join(GROUPS)}, full; repeatable; none given: all but full")
+    full: bool = flag(False, "the paper's settings and epochs on E2E, WebNLG and DART, for a GPU")
+    limit: int = flag(0, "decode the first so many tables of a test set only; 0: all",
+                      within=(0, 10 ** 6))
+
+
+# ---- what is run
+
+def best_rate(rows, group, method):
+    """The rate with the lowest dev loss in the grid of a method; None while one is missing."""
+    losses = {row["lr"]: row["best_dev_loss"] for row in rows
+              if row["group"] == group and row["method"] == method}
+    return min(losses, key=losses.get) if len(losses) == len(RATES[method.split()[0]]) else None
+
+
+def method_flags(method, lr, length=10):
+    """The flags of a method: "prefix words" starts from the paper's "table-to-text:", "prefix
+    uniform" at random, both with the length of those words, 6.
+    """
+    kind, *init = method.split()
+    flags = ["--method", kind, "--lr", str(lr)]
+    if init:
+        flags += ["--init", *init]
+    if kind == "prefix" and init != ["words"]:
+        flags += ["--prefix-len", "6" if init else str(length)]
+    return tuple(flags)
+
+
+def train_runs(group, name, data, method, rates, *flags, beams=False, length=10):
+    """One run for each of `rates`; no run where the grid has not decided yet (None)."""
+    return [Run(group, f"{name}-{lr:g}" if "grid" in group else name, data,
+                (*method_flags(method, lr, length), *flags), beams) for lr in rates if lr]
+
+
+def plan(rows):
+    """Every run whose rate is known from the rows so far, by docs/real_data.md."""
+    runs = [Run("untrained", f"{what}-{data}", data) for data in ("e2e", "webnlg")
+            for what in ("template", "chat")] + [Run("untrained", "chat-scitldr", "scitldr")]
+    for method, rates in RATES.items():
+        runs += train_runs("grid", f"grid-{method}", "e2e", method, rates, *SHARED, "--steps",
+                           "60", "--dev-every", "20")
+    for method in ("prefix words", "prefix uniform", "finetune"):
+        name = method.replace(" ", "-")
+        runs += train_runs("low-grid", f"low-grid-{name}", "low-100-1", method,
+                           RATES[method.split()[0]], *low_flags(100))
+        for size in LOW:
+            for part in (1, 2):
+                runs += train_runs("low", f"low-{size}-{part}-{name}", f"low-{size}-{part}",
+                                   method, [best_rate(rows, "low-grid", method)],
+                                   *low_flags(size))
+    best = {method: [best_rate(rows, "grid", method)] for method in RATES}
+    for first in (0, 10, 15, 20, 25):
+        runs += train_runs("layers", f"layers-{30 - first}", "e2e", "prefix", best["prefix"],
+                           *SHARED, "--steps", "240", "--prefix-layers", f"{first}-29")
+    for method in RATES:
+        runs += train_runs("main", f"e2e-{method}", "e2e", method, best[method], *SHARED,
+                           "--steps", "720", beams=True)
+    for length in (1, 100):
+        runs += train_runs("length", f"length-{length}", "e2e", "prefix", best["prefix"], *SHARED,
+                           "--steps", "240", length=length)
+    for data, steps in (("webnlg", "500"), ("scitldr", "240")):
+        for method in ("prefix", "finetune"):
+            runs += train_runs(data, f"{data}-{method}", data, method, best[method], *SHARED,
+                               "--steps", steps)
+    return runs
+
+
+def low_flags(size):
+    steps = LOW[size]
+    return ("--batch-size", "10", "--steps", str(steps), "--warmup", str(steps // 5),
+            "--dev-every", str(steps // 10), "--dev-pairs", "0")
+
+
+def full_plan():
+    """The paper's own runs: no flag but the method, so every setting is that of its table 6."""
+    return [Run("full", f"full-{data}-{method}", data, ("--method", method), True)
+            for data in ("e2e", "webnlg", "dart") for method in RATES]
+
+
+# ---- one run
+
+def low_data(name, settings):
+    """The path of a file with a few pairs of E2E, "low-SIZE-PART", made where it is not there.
+
+    As in the paper the dev set has 30 % as many pairs, so little data stay little.
+    """
+    _, size, part = name.split("-")
+    path = Path(settings.out) / f"{name}.jsonl"
+    for split, count in (("train", int(size)), ("dev", round(0.3 * int(size)))):
+        pairs = [{"source": e.source, "target": text}
+                 for e in tasks.load("e2e", split, settings.data_dir or None) for text in e.targets]
+        suffix = "" if split == "train" else ".dev"
+        write_rows(path.with_name(f"{name}{suffix}.jsonl"),
+                   random.Random(int(part)).sample(pairs, count))
+    return str(path)
+
+
+def call(words, folder=HERE):
+    """Run a program of this project to its end: (seconds, peak memory in MB)."""
+    print("$ python", *words, flush=True)
+    began = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *words], cwd=folder)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise ValueError(f"`python {' '.join(words)}` ended with {process.returncode}; its message "
+                         "stands above; mend that, then give the same command again")
+    return round(time.perf_counter() - began, 1), round(used.ru_maxrss / 1024)
+
+
+def train(run, settings, out):
+    """Train one run, or go on with it: what the results file tells of the training."""
+    data = low_data(run.data, settings) if run.data.startswith("low-") else run.data
+    if not (out / "resume.pt").exists():
+        shutil.rmtree(out, ignore_errors=True)
+        words = ["train.py", "--model", settings.model, "--data", data, *run.flags, "--fast",
+                 "--out", str(out)]
+        if settings.data_dir and data == run.data:
+            words += ["--data-dir", settings.data_dir]
+    else:
+        words = ["train.py", "--resume", str(out)]
+    seconds, memory = call(words)
+    about = json.loads((out / "config.json").read_text("utf-8"))
+    log = read_rows(out / "log.jsonl")
+    losses = [(row["step"], round(row["dev_loss"], 4)) for row in log if "dev_loss" in row]
+    asked = about["settings"]
+    method = asked["method"] + ("" if asked["init"] == "random" else f" {asked['init']}")
+    return {"method": method, "lr": asked["lr"], "steps": asked["steps"],
+            "parameters": about["parameters"], "dev_losses": losses,
+            "best_dev_loss": min(loss for _, loss in losses), "train_seconds": seconds,
+            "peak_MB": memory, "commit": about["commit"]}
+
+
+def decode(run, settings, out, beams):
+    """Score the test set by scripts.evaluate: {part: scores}, and for E2E what is said."""
+    data = "e2e" if run.data.startswith("low-") else run.data
+    words = ["-m", "scripts.evaluate", "--run", str(out), "--data", data]
+    words += [] if beams else ["--num-beams", "1", "--min-new-tokens", "0"]
+    words += ["--data-dir", settings.data_dir] if settings.data_dir else []
+    words += ["--examples", str(settings.limit)] if settings.limit else []
+    call([*words, "--batch-size", "16" if beams else "32"])
+    found = json.loads((out / "test.scores.json").read_text("utf-8"))["scores"]
+    rows = read_rows(out / "test.jsonl")[1:]
+    kind = "beams" if beams else "greedy"
+    for name in ("test.jsonl", "test.scores.json"):     # another way to decode, other files
+        (out / name).replace(out / f"{kind}.{name}")
+    return rounded(found) | (said(rows) if data == "e2e" else {})
+
+
+def rounded(scores):
+    return {part: {name: round(x, 2) for name, x in numbers.items() if isinstance(x, (int, float))}
+            for part, numbers in scores.items()}
+
+
+def said(rows):
+    """In how many texts of 100 the table's name, and the place that is near, stand."""
+    shares = {}
+    for field in ("name", "near"):
+        pairs = [(value, row["text"]) for row in rows for key, _, value in
+                 (part.partition(" : ") for part in row["source"].split(" | ")) if key == field]
+        hits = sum(value.lower() in text.lower() for value, text in pairs)
+        shares[field] = round(100 * hits / max(1, len(pairs)), 1)
+    return {"said": shares}
+
+
+def untrained_texts(run, settings, examples):
+    """What the template, or the frozen model asked by its chat prompt, says of each source."""
+    what, _, _ = run.name.partition("-")
+    if what == "template":
+        return [untrained.TEMPLATES[run.data](e.source) for e in examples]
+    generator = sample.Generator(sample.Settings(model=settings.model, num_beams=1))
+    tokenizer, texts = generator.tokenizer, []
+    for i in range(0, len(examples), 32):
+        prompts = [untrained.chat_prompt(tokenizer, untrained.INSTRUCTIONS[run.data], e.source)
+                   for e in examples[i:i + 32]]
+        rows = sample.generate(generator.model, prompts, generator.constraints)
+        texts += [" ".join(tokenizer.text_of(row).split()) for row in rows]
+    return texts
+
+
+def score_untrained(run, settings):
+    examples = tasks.load(run.data, "test", settings.data_dir or None)[:settings.limit or None]
+    texts = untrained_texts(run, settings, examples)
+    rows = [{"source": e.source, "text": text} for e, text in zip(examples, texts)]
+    write_rows(Path(settings.out) / f"{run.name}.jsonl", rows)
+    found = {part: scores_of(run.data, [examples[i] for i in chosen],
+                             [texts[i] for i in chosen])[0]
+             for part, chosen in parts_of(run.data, examples, False).items()}
+    return rounded(found) | (said(rows) if run.data == "e2e" else {})
+
+
+def machine():
+    """The CPU, or the GPU, that this runs on, in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} CPU cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def carry_out(run, settings):
+    """Train, decode, score: the line of the results file."""
+    out, row = Path(settings.out) / run.name, run._asdict() | {"model": settings.model}
+    if not run.flags:
+        row["greedy"] = score_untrained(run, settings)
+    else:
+        row |= train(run, settings, out)
+        if "grid" not in run.group:
+            row["greedy"] = decode(run, settings, out, beams=False)
+        if run.beams:
+            row["beams"] = decode(run, settings, out, beams=True)
+    return row | {"date": f"{datetime.date.today()}", "machine": machine(),
+                  "python": platform.python_version(), "torch": torch.__version__}
+
+
+def main(argv=None):
+    settings = parse(Settings, argv, "Test the paper's claims on real data.")
+    unknown = {*settings.only} - {*GROUPS, "full"}
+    if unknown:
+        raise ValueError(f"got --only {sorted(unknown)}; expected {', '.join(GROUPS)} or full")
+    while True:
+        rows = read_rows(settings.results)
+        done = {(row["model"], row["name"]) for row in rows}
+        runs = full_plan() if settings.full else plan(rows)
+        waiting = [run for run in runs if (settings.model, run.name) not in done
+                   and (not settings.only or run.group in settings.only)]
+        if not waiting:
+            return
+        append_rows(settings.results, [carry_out(waiting[0], settings)])
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -91,7 +91,7 @@ def test_training_goes_on_from_a_prefix_of_peft(run, tmp_path, model_directory, 
                             dev_batches(dev, 16, model))
     assert first == pytest.approx(trainer.dev_loss(), rel=1e-5)
     assert last < first
-    with pytest.raises(ValueError, match="got --start-from with --prefix-len, --prefixes or"):
+    with pytest.raises(ValueError, match="--prefix-len, --prefix-layers, --prefixes or --init"):
         train.main([*flags, "--start-from", str(back), "--prefix-len", "4"])
 
 

@@ -1,4 +1,5 @@
 """The loop: its loss, batches, schedule, resuming, and what it refuses."""
+import dataclasses
 import itertools
 import json
 import math
@@ -23,6 +24,7 @@ from data.pairs import dev_batches, encode_examples, load_examples
 from data.tokenizer import load_tokenizer
 from model import ExplicitAttention
 from prefix import target_loss
+from pretrained.architectures import flags_of
 from pretrained.load import load_model
 from pretrained.run_directory import load_prefix, run_settings, save_config
 from train import Settings, Trainer
@@ -181,7 +183,7 @@ def test_words_are_what_a_run_from_words_starts_as(model_directory):
     model, tokenizer = load_model(str(model_directory), "cpu", "fp32")
     settings = Settings(init="words", init_text="sum up:", mid_dim=0)
     start = train.starting_point(settings, model, tokenizer)
-    settings = train.with_lengths_of(start, settings)
+    settings = dataclasses.replace(settings, **flags_of(start, model, settings))
     expected = model.prefix_from_tokens(tokenizer.encode(" sum up:"))
     assert torch.equal(train.make_learner(settings, model, start)(), expected)
 

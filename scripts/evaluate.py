@@ -56,12 +56,20 @@ DECODING = ("num_beams", "length_penalty", "max_new_tokens", "min_new_tokens",
 # ---- decode, and keep every output at once
 
 def saved_outputs(path, about, examples):
-    """The rows that an earlier call left in `path`; what a kill cut off is dropped.
+    """The rows that an earlier call left in `path`, with today's references and topics; what a kill
+    cut off is dropped.
 
     The file's first line, `about`, tells how they were decoded. Raises ValueError where that was
-    done in another way, or from other examples.
+    done in another way, or from other sources.
     """
     first, *rows = read_rows(path) or [about]
+    ours = [isinstance(first, dict)] + [
+        isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("source", "text"))
+        for row in rows]
+    if not all(ours):
+        raise ValueError(f"got {path}, whose row {ours.index(False) + 1} is not of this program; "
+                         "expected how the texts were decoded, then a row with source and text for "
+                         "each; move that file away")
     if first != about:
         differ = ", ".join(f"{key} ({first.get(key)}, now {about[key]})" for key in about
                            if first.get(key) != about[key])
@@ -69,11 +77,12 @@ def saved_outputs(path, about, examples):
                          "the same; move that file away, or give the same flags")
     for number, (row, example) in enumerate(zip(rows, examples), 1):
         if row["source"] != example.source:
-            n = len(os.path.commonprefix((row["source"], example.source)))  # they may begin alike
-            was, now = (x[max(0, n - 20):n + 20] for x in (row["source"], example.source))
-            raise ValueError(f"got {path}, whose text {number} is about {was!r}; "
-                             f"expected {now!r}; the data have changed since: move "
-                             "that file away")
+            both = row["source"], example.source
+            start = max(0, len(os.path.commonprefix(both)) - 20)    # where they begin to differ
+            was, now = (f"{'...' if start else ''}{text[start:start + 40]}" for text in both)
+            raise ValueError(f"got {path}, whose text {number} is about {was!r}; expected {now!r}; "
+                             "the data have changed since: move that file away")
+        row |= {"topic": example.topic, "references": example.targets}
     return rows
 
 
@@ -109,7 +118,10 @@ def description(generator, settings, data):
 # ---- the scores of every part of the split
 
 def parts_of(data, examples, topics):
-    """{name: indices of its examples}: all; seen and unseen, where there are such; the topics."""
+    """{name: indices of its examples}: all; seen and unseen, where there are such; the topics.
+
+    A topic whose name is taken, by one of those three, say, is called "topic NAME".
+    """
     every = range(len(examples))
     found = {"all": list(every)}
     seen = (tasks.WEBNLG_SEEN if data == "webnlg" else
@@ -119,13 +131,16 @@ def parts_of(data, examples, topics):
         found["unseen"] = [i for i in every if examples[i].topic not in seen]
     if topics:
         groups = group_by(every, lambda i: examples[i].topic)
-        found |= {examples[rows[0]].topic or "no topic": rows
-                  for rows in sorted(groups, key=lambda rows: examples[rows[0]].topic)}
+        for rows in sorted(groups, key=lambda rows: examples[rows[0]].topic):
+            name = examples[rows[0]].topic or "no topic"
+            while name in found:
+                name = f"topic {name}"
+            found[name] = rows
     return {name: rows for name, rows in found.items() if rows}
 
 
 def scores_of(data, examples, outputs):
-    """({name: number}, {scores that are left out: the missing package}) of some outputs."""
+    """({name: number}, {name of a score that cannot be had: why}) of some outputs."""
     numbers, missing = score(outputs, [e.targets for e in examples], RULES.get(data, DEFAULT))
     if data in tasks.WORLDS:
         slots = (headlines.headline_accuracy if data == "world-headlines" else
@@ -135,9 +150,10 @@ def scores_of(data, examples, outputs):
     return {"tables": len(examples)} | numbers, missing
 
 
-def table(scores):
-    """The scores of every part as lines of text, a column each."""
-    columns = list(dict.fromkeys(name for numbers in scores.values() for name in numbers))
+def table(scores, missing):
+    """The scores of every part as lines of text, a column each; "-" for one that is missing."""
+    columns = list(dict.fromkeys(name for found in (*scores.values(), *missing.values())
+                                 for name in found))
     width = max(map(len, scores)) + 2
 
     def line(name, cells):
@@ -149,6 +165,17 @@ def table(scores):
         lines.append(line(part, (str(numbers[c]) if c == "tables" else
                                  f"{numbers[c]:.2f}" if c in numbers else "-" for c in columns)))
     return "\n".join(lines)
+
+
+def reasons(missing):
+    """A line for every reason why scores are missing: which ones, of which part, why."""
+    for why in dict.fromkeys(why for absent in missing.values() for why in absent.values()):
+        parts = [part for part, absent in missing.items() if why in absent.values()]
+        names = dict.fromkeys(name for absent in missing.values() for name in absent
+                              if absent[name] == why)
+        where = "" if parts[0] == "all" else f" for {', '.join(parts[:3])}" + (
+            f" and {len(parts) - 3} more" if len(parts) > 3 else "")
+        yield f"no {', '.join(names)}{where}: {why}"
 
 
 def main(argv=None):
@@ -167,12 +194,11 @@ def main(argv=None):
     outputs = decode(generator, examples, path, about, settings.batch_size)
     scores, missing = {}, {}
     for part, rows in parts_of(data, examples, settings.topics).items():
-        scores[part], absent = scores_of(data, [examples[i] for i in rows],
-                                         [outputs[i] for i in rows])
-        missing |= absent
-    print(table(scores))
-    for names, package in missing.items():
-        print(f"{package} is not installed, so there is no {names}", file=sys.stderr)
+        scores[part], missing[part] = scores_of(data, [examples[i] for i in rows],
+                                                [outputs[i] for i in rows])
+    print(table(scores, missing))
+    for line in reasons(missing):
+        print(line, file=sys.stderr)
     with atomic_write(path.with_suffix(".scores.json"), "w") as file:
         json.dump(about | {"scores": scores}, file, indent=1)
     print(f"texts in {path}, scores in {path.with_suffix('.scores.json')}", file=sys.stderr)

@@ -87,8 +87,8 @@ def train_runs(group, name, data, method, rates, *flags, beams=False, length=10)
 
 def plan(rows):
     """Every run whose rate is known from the rows so far, by docs/real_data.md."""
-    runs = [Run("untrained", f"{what}-{data}", data) for data in ("e2e", "webnlg")
-            for what in ("template", "chat")] + [Run("untrained", "chat-scitldr", "scitldr")]
+    runs = [Run("untrained", f"{what}-{data}", data) for what in ("template", "chat")
+            for data in ("e2e", "webnlg")] + [Run("untrained", "chat-scitldr", "scitldr")]
     for method, rates in RATES.items():
         runs += train_runs("grid", f"grid-{method}", "e2e", method, rates, *SHARED, "--steps",
                            "60", "--dev-every", "20")

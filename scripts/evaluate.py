@@ -68,6 +68,9 @@ def saved_outputs(path, about, examples):
         raise ValueError(f"got {path}, whose texts were decoded with another {differ}; expected "
                          "the same; move that file away, or give the same flags")
     for number, (row, example) in enumerate(zip(rows, examples), 1):
+        if not isinstance(row.get("source"), str) or not isinstance(row.get("text"), str):
+            raise ValueError(f"got {path}, whose text {number} has no source or no text; expected "
+                             "what this program wrote there; move that file away")
         if row["source"] != example.source:
             n = len(os.path.commonprefix((row["source"], example.source)))  # they may begin alike
             was, now = (x[max(0, n - 20):n + 20] for x in (row["source"], example.source))

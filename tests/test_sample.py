@@ -240,7 +240,8 @@ def test_an_empty_text_is_not_an_absent_one(trained, model_directory, capsys, mo
     with pytest.raises(ValueError, match="which cannot be read"):
         output(capsys, "--run", trained, "--input", "")
     assert sys.stdin.read() == "the next line of a loop\n"
-    generator = sample.Generator(sample.Settings(model=str(model_directory), device="cpu"))
+    generator = sample.Generator(sample.Settings(model=str(model_directory), device="cpu",
+                                                 max_new_tokens=12))
     generator.model.generation_config = {"bos_token_id": 65}            # as of a Llama
     assert generator.prompt("", model.empty_prefix()) == [65]
 

@@ -100,6 +100,21 @@ def test_a_file_called_like_the_world_is_not_the_world(run, monkeypatch, capsys)
     assert "slots" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("line", ["[1]", "3", '{"text": "x"}', '{"source": 5, "text": "x"}',
+                                  '{"source": "n : 0"}', '{"source": "n : 0", "text": 5}', "junk"])
+def test_foreign_lines_in_the_file_of_a_split_are_one_sentence(tmp_path, line):
+    """Would catch: an AttributeError or a KeyError, after all is decoded or before."""
+    example, about = Example("n : 0", ("x",), ""), {"data": "x"}
+    path = tmp_path / "test.jsonl"
+    path.write_text(json.dumps(about) + "\n" + line + "\n" + json.dumps(about) + "\n")
+    with pytest.raises(ValueError, match="got .*test.jsonl, .*; expected .*; ") as caught:
+        evaluate.saved_outputs(path, about, [example])
+    assert "\n" not in str(caught.value)
+    path.write_text(line + "\n")
+    with pytest.raises(ValueError, match="got .*test.jsonl, .*; expected .*; "):
+        evaluate.saved_outputs(path, about, [example])
+
+
 def test_a_missing_package_is_named_and_the_others_are_shown(monkeypatch):
     """Would catch: an evaluation that ends after hours of decoding for want of one package."""
     monkeypatch.setitem(sys.modules, "rouge_score", None)

@@ -22,7 +22,7 @@ from data import paper
 from data.pairs import pairs_of
 from data.requests import read_requests
 from decoding.beam import beam_search
-from decoding.constraints import Constraints
+from decoding.constraints import constraints_of
 from decoding.state import DecodingState
 from prefix import tensors_of
 from pretrained.load import load_model
@@ -110,7 +110,7 @@ class Settings:
                                         "included; 0: they may", within=(0, inf),
                                      alias="no-repeat")
     ban: list = flag([], "text each of whose tokens is never generated (\" the\" and \"the\" are "
-                         "two), repeatable; with --run and none given: line breaks")
+                         "two), repeatable; left out, for tables by name: line breaks")
     temperature: float = flag(0.0, "0: greedy; 1: sample from the model's distribution",
                               within=(0, 1000))
     top_k: int = flag(0, "sample from the k likeliest tokens only; 0: from all", within=(0, inf))
@@ -136,6 +136,7 @@ def resolve(args):
         settings.num_beams = 1
     data = run_settings(settings.run[0])["data"] if settings.run else ""
     paper.fill_in(settings, paper.DECODING, data)
+    settings.ban = settings.ban or paper.banned_after(data)
     if settings.num_beams > 1 and settings.temperature:
         raise ValueError(f"got --num-beams {settings.num_beams} and --temperature "
                          f"{settings.temperature}; expected one of them: beams look for the "
@@ -144,17 +145,6 @@ def resolve(args):
         raise ValueError("got --top-k or --top-p without --temperature; expected both: at 0 no "
                          "token is drawn, the likeliest is taken; add --temperature 1")
     return settings
-
-
-def banned_tokens(tokenizer, texts=paper.LINE_BREAKS):
-    """The tokens of `texts`, as `Constraints` take them; a mark without text is none of them."""
-    return tuple(sorted({i for x in texts for i in tokenizer.encode(x) if tokenizer.decode([i])}))
-
-
-def forced_tokens(model):
-    """The first and the last token of a text, where the model's makers force them."""
-    names = ("forced_bos_token_id", "forced_eos_token_id")
-    return {name: model.generation_config.get(name) for name in names}
 
 
 class Generator:
@@ -170,10 +160,9 @@ class Generator:
         self.prefixes = {name: rest[0] if rest else self.model.empty_prefix()}
         for other in s.run[1:]:
             self.prefixes[other] = self.prefix_beside(other)
-        self.constraints = Constraints(
-            self.tokenizer.eos_token_id, s.max_new_tokens, s.min_new_tokens,
-            banned_tokens(self.tokenizer, s.ban or (paper.LINE_BREAKS if s.run else ())),
-            s.no_repeat_ngram_size, more_ends=self.tokenizer.more_ends, **forced_tokens(self.model))
+        self.constraints = constraints_of(
+            self.model, self.tokenizer, s.ban, max_new_tokens=s.max_new_tokens,
+            min_new_tokens=s.min_new_tokens, no_repeat_ngram_size=s.no_repeat_ngram_size)
         self.random = torch.Generator(self.model.device).manual_seed(s.seed)
         self.sample = lambda logits: sample_token(logits, s.temperature, s.top_k, s.top_p,
                                                   self.random)
@@ -203,7 +192,8 @@ class Generator:
         if s.run or self.model.is_encoder_decoder:
             ids, excess = kind.prompt(self.tokenizer, source, limit)
         else:                               # the frozen model alone knows nothing of sources
-            ids = self.tokenizer.encode(source) or [self.tokenizer.eos_token_id]
+            start = self.model.generation_config.get("bos_token_id", self.tokenizer.eos_token_id)
+            ids = self.tokenizer.encode(source) or [start]
             excess = max(0, len(ids) - limit)
             ids = ids[excess:]
         if not ids:
@@ -214,8 +204,8 @@ class Generator:
         return ids
 
     def generate(self, sources, runs=None):
-        """The text for each source, on one line each. runs: which run answers which source, by the
-        names of --run; left out: the first answers all.
+        """The text for each source. runs: which run answers which source, by the names of --run;
+        left out: the first answers all.
         """
         s, first = self.settings, next(iter(self.prefixes.values()))
         own = [self.prefixes[run] for run in runs] if runs else [first] * len(sources)
@@ -227,7 +217,7 @@ class Generator:
                                                   s.length_penalty, s.early_stopping)]
         else:
             rows = self.decode(self.model, prompts, self.constraints, prefix, self.sample)
-        return [" ".join(self.tokenizer.text_of(row).splitlines()) for row in rows]
+        return [self.tokenizer.text_of(row) for row in rows]
 
 
 def answer_file(generator, settings):
@@ -237,7 +227,7 @@ def answer_file(generator, settings):
     for i in tqdm(range(0, len(sources), size), unit="batch", disable=None):
         several = runs[i:i + size] if len(settings.run) > 1 else None
         texts += generator.generate(sources[i:i + size], several)
-    lines = "".join(f"{text}\n" for text in texts)
+    lines = "".join(" ".join(text.splitlines()) + "\n" for text in texts)      # a line for each
     if Path(settings.output).suffix == ".jsonl":
         rows = [{"source": source, "text": text} for source, text in zip(sources, texts)]
         if len(settings.run) > 1:
@@ -253,19 +243,23 @@ def answer_file(generator, settings):
 def main(argv=None):
     settings = parse(Settings, argv, "Decode, with a prefix or with the frozen model.", "prompt",
                      paper.decoding_notes())
-    if settings.prompt and settings.input:
+    if "prompt" in settings.given and "input" in settings.given:
         raise ValueError("got a prompt and --input; expected one of them")
-    if settings.output and not settings.input:
+    if settings.output and "input" not in settings.given:
         raise ValueError("got --output without --input; expected both, or > FILE for one text")
-    if settings.output and Path(settings.output).exists() and not Path(settings.output).is_file():
-        raise ValueError(f"got --output {settings.output}, which is no file; give the name of one")
-    if len(settings.run) > 1 and not settings.input:
+    output = Path(settings.output)
+    if settings.output and output.exists() and not output.is_file():
+        raise ValueError(f"got --output {output}, which is no file; give the name of one")
+    if settings.output and output.exists() and output.resolve() == Path(settings.input).resolve():
+        raise ValueError(f"got --output {output}, which is --input; expected another file, for "
+                         "this would replace the sources; give another name")
+    if len(settings.run) > 1 and "input" not in settings.given:
         raise ValueError('got several --run and no --input; expected a .jsonl file whose lines say '
                          'which, {"source": ..., "run": ...}; or give one --run')
     generator = Generator(settings)
-    if settings.input:
+    if "input" in settings.given:
         answer_file(generator, settings)
-    elif settings.prompt:
+    elif "prompt" in settings.given:            # "" too: an empty text is not an absent one
         print(*generator.generate([settings.prompt]))
     else:
         while True:

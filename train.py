@@ -29,12 +29,12 @@ from tqdm import tqdm
 from data import paper, tasks
 from data.batches import count_labels, epoch_batches
 from data.pairs import dev_batches, encode_examples, load_examples, pairs_of, settings_for
-from decoding.constraints import Constraints
+from decoding.constraints import constraints_of
 from prefix import summarize_parameters, target_loss
 from pretrained import run_directory
 from pretrained.architectures import flags_of, new_prefix
 from pretrained.load import load_model, name_of_dtype
-from sample import banned_tokens, forced_tokens, generate
+from sample import generate
 from utils.cli import flag, parse, run_program, stop_after_this_step
 
 
@@ -289,14 +289,13 @@ def show(trainer, tokenizer, pair):
     """One source of the dev set, and what is generated for it before and after training."""
     s, model = trainer.settings, trainer.model
     prompt, source = pair.ids[:pair.start], tokenizer.text_of(pair.ids[:pair.start])
-    constraints = Constraints(tokenizer.eos_token_id, banned_tokens=banned_tokens(tokenizer),
-                              more_ends=tokenizer.more_ends, **forced_tokens(model))
+    constraints = constraints_of(model, tokenizer, paper.banned_after(s.data))
     print(f"\nsource     {source}")
     outputs = {"no prefix": (model, None)} if s.method == "prefix" else {}
     outputs[s.method] = run_directory.load_learned(s.out, model)
     for name, (model, prefix) in outputs.items():
         ids, = generate(model, [prompt], constraints, prefix)
-        print(f"{name:10} {' '.join(tokenizer.text_of(ids).split())}")
+        print(f"{name:10} {tokenizer.text_of(ids)}")
     print(f"reference  {tokenizer.text_of(pair.ids[pair.start:])}\n\n"
           f"decode with: python sample.py --run {s.out} {shlex.quote(source)}")
 

@@ -7,7 +7,8 @@ and its number. BART has GPT-2's tokens under other numbers: a file beside the m
 other vocabulary is a tokenizer.json.
 
 All tokenizers answer `encode`, `decode`, `source_ids`, `target_ids` and `text_of`, and have
-`vocab_size` and `eos_token_id`. A text in which someone wrote <|endoftext|> does not end there.
+`vocab_size`, `eos_token_id` and `ids`, the numbers of their tokens. A text in which someone wrote
+<|endoftext|> does not end there.
 """
 import base64
 import json
@@ -89,11 +90,10 @@ class Tokenizer:
     as in the official code; the same token ends the source and the target.
     """
     is_encoder_decoder = False
-    more_ends = ()              # tokens that end a generated text and are not learned
 
     def __init__(self, encoding):
         self.encoding, self.vocab_size = encoding, encoding.n_vocab
-        self.eos_token_id = encoding.eot_token
+        self.eos_token_id, self.ids = encoding.eot_token, range(encoding.n_vocab)
         self.max_id = self.vocab_size - 1           # the largest number that a text may hold
 
     def encode(self, text):
@@ -143,6 +143,7 @@ class BARTTokenizer(Tokenizer):
         self.ours = {bpe: number for number, bpe in self.theirs.items()}
         # A BART may have no row for <mask>, the last number, which no text has.
         self.max_id = max(self.theirs)
+        self.ids = {*self.theirs, *special}             # not "madeupword0000", which fills a gap
 
     def encode(self, text):
         return [self.ours[number] for number in super().encode(text)]
@@ -177,7 +178,8 @@ class JSONTokenizer(Tokenizer):
                              "package tokenizers writes; take the model's own file") from error
         self.encoding.encode_special_tokens = True      # typed by someone, <|im_end|> is text
         self.vocab_size = self.encoding.get_vocab_size()
-        self.max_id = max(self.encoding.get_vocab().values())       # there may be gaps
+        self.ids = set(self.encoding.get_vocab().values())          # there may be gaps
+        self.max_id = max(self.ids)
         ends = self.encoding.token_to_id(self.end) if self.end else None
         if ends is None:
             ends = about.get("generation_config", {}).get("eos_token_id")
@@ -187,7 +189,7 @@ class JSONTokenizer(Tokenizer):
             raise ValueError(f"got {directory}, whose config.json has no eos_token_id; expected "
                              "the token that ends a text, one of tokenizer.json; convert the model "
                              "again")
-        self.eos_token_id, self.more_ends = ends[0], tuple(ends[1:])
+        self.eos_token_id = ends[0]             # this one is learned, all of them end a text
 
     def encode(self, text):
         return self.encoding.encode(text, add_special_tokens=False).ids

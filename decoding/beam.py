@@ -34,7 +34,7 @@ class Beams:
     done: bool = False
 
     def step(self, candidates, constraints, num_beams, length_penalty, early_stopping):
-        """Take the best 2K continuations, best first: at most K of them end, so K can go on."""
+        """Take the best continuations, best first, K of which or more can go on."""
         n = len(candidates[0].tokens)
         last = n == constraints.max_new_tokens
         ends = [last or constraints.ended(t.tokens[-1]) for t in candidates]
@@ -58,8 +58,8 @@ class Beams:
                          best_possible <= self.finished[-1].score(length_penalty))
 
 
-def continuations(scores, log_p, beams, num_beams):
-    """The best 2K one-token continuations of each source's running texts, best first.
+def continuations(scores, log_p, beams, count):
+    """The best `count` one-token continuations of each source's running texts, best first.
 
     scores, log_p: (B, K, V), log-probabilities with and without the constraints.
     """
@@ -67,8 +67,8 @@ def continuations(scores, log_p, beams, num_beams):
     so_far = torch.tensor([[t.chosen for t in b.running] for b in beams], dtype=scores.dtype,
                           device=scores.device)                                 # (B, K)
     total = (scores + so_far[:, :, None]).flatten(1)                            # (B, K*V)
-    best, indices = total.topk(2 * num_beams)                                   # (B, 2K) each
-    true = log_p.flatten(1).gather(1, indices)                                  # (B, 2K)
+    best, indices = total.topk(count)                                           # (B, count) each
+    true = log_p.flatten(1).gather(1, indices)                                  # (B, count)
     for b, *row in zip(beams, best.tolist(), true.tolist(), indices.tolist()):
         yield [Text((*b.running[at // V].tokens, at % V), chosen,
                     b.running[at // V].log_p + more, at // V) for chosen, more, at in zip(*row)]
@@ -87,9 +87,11 @@ def beam_search(state, constraints, num_beams=5, length_penalty=1.0, early_stopp
     constraints = dataclasses.replace(constraints, max_new_tokens=min(
         constraints.max_new_tokens, state.max_new_tokens))
     logits = state.logits[:, None]                                              # (B, 1, V)
-    if 2 * num_beams > logits.size(2):
+    # Of each beam one continuation for each end may end, and one more has to be able to go on.
+    each = 1 + len(constraints.ends())
+    if num_beams * each > logits.size(2):
         raise ValueError(f"got {num_beams} beams and a vocabulary of {logits.size(2)}; expected at "
-                         "most half of it; use fewer beams")
+                         f"most {logits.size(2) // each}; use fewer beams")
     beams = [Beams([Text()]) for _ in state.prompts]
     tree = logits.new_zeros(len(beams), 1, 0, dtype=torch.bool)                 # (B, 1, 0)
     own = torch.eye(num_beams, dtype=torch.bool, device=logits.device).expand(len(beams), -1, -1)
@@ -100,7 +102,7 @@ def beam_search(state, constraints, num_beams=5, length_penalty=1.0, early_stopp
         sequences = ([*prompt, *t.tokens] for prompt, b in zip(state.prompts, beams)
                      for t in b.running)
         constraints.apply(scores.view(-1, scores.size(2)), step, sequences)
-        for b, candidates in zip(beams, continuations(scores, log_p, beams, num_beams)):
+        for b, candidates in zip(beams, continuations(scores, log_p, beams, num_beams * each)):
             b.step(candidates, constraints, num_beams, length_penalty, early_stopping)
         if all(b.done for b in beams):
             break

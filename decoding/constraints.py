@@ -1,4 +1,7 @@
-"""Which tokens may come next, whatever the model predicts. Letters as in model.py."""
+"""Which tokens may come next, whatever the model predicts: for every way of decoding the same.
+
+Letters as in model.py.
+"""
 import dataclasses
 import functools
 import itertools
@@ -52,9 +55,37 @@ class Constraints:
             scores.fill_(float("-inf"))[:, forced] = 0
             return
         scores[:, list(self.banned_tokens)] = float("-inf")
-        if step < self.min_new_tokens:
-            scores[:, self.ends()] = float("-inf")
         if self.no_repeat_ngram_size:
+            # The end is no repetition: a source ends as its text does, in a blank and this token.
             for row, tokens in enumerate(sequences):
                 repeats = ngram_continuations(tokens, self.no_repeat_ngram_size)
-                scores[row, list(repeats)] = float("-inf")
+                scores[row, list(repeats.difference(self.ends()))] = float("-inf")
+        if step < self.min_new_tokens:
+            scores[:, self.ends()] = float("-inf")
+            # Where nothing is left the text ends, too short: any other token would be forbidden.
+            stuck = scores.amax(1) == float("-inf")                             # (rows,)
+            scores[:, self.eos_token_id].masked_fill_(stuck, 0)
+
+
+def banned_tokens(tokenizer, texts):
+    """The tokens of `texts`, as `Constraints` take them; a mark without text is none of them."""
+    return tuple(sorted({i for x in texts for i in tokenizer.encode(x) if tokenizer.decode([i])}))
+
+
+def constraints_of(model, tokenizer, ban=(), **settings):
+    """The `Constraints` of a model and its tokenizer, with the fields `settings`: the end and what
+    the model's makers force and end a text with. ban: texts whose tokens are never generated.
+
+    Nor is a row of the word embedding that the vocabulary has no token for, as of a model that was
+    resized: nobody could read it.
+    """
+    makers = model.generation_config
+    ends = makers.get("eos_token_id", [])
+    ends = dict.fromkeys(ends if isinstance(ends, list) else [ends])        # each once, in order
+    ends.pop(tokenizer.eos_token_id, None)
+    nameless = set(range(model.config.vocab_size)).difference(tokenizer.ids, ends)
+    return Constraints(
+        tokenizer.eos_token_id, more_ends=tuple(ends),
+        banned_tokens=tuple(sorted(nameless.union(banned_tokens(tokenizer, ban)))),
+        forced_bos_token_id=makers.get("forced_bos_token_id"),
+        forced_eos_token_id=makers.get("forced_eos_token_id"), **settings)

@@ -21,15 +21,20 @@ class Architecture(typing.NamedTuple):
     tied: dict                      # a second name of a tensor -> its name here
     zero: tuple                     # what a checkpoint may leave out: it is 0 then
     # Options of config.json that change the function: another value than this is refused. A missing
-    # one has this value.
+    # one has this value; of several names of one function the first is the usual one.
     fixed_options: dict
     vocabularies: tuple             # files that have the tokens, one is enough
     fill_config: typing.Callable = dict     # from their config.json to one with all our fields
 
 
+GELU = ("gelu", "gelu_python")
+GELU_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")
+SILU = ("silu", "swish")
+
+
 def gpt2_config(theirs):
-    """A GPT-2's config.json; a hidden layer of the usual width, said aloud, is the usual one."""
-    usual = theirs.get("n_embd") and theirs.get("n_inner") == 4 * theirs["n_embd"]
+    """A GPT-2's config.json; `n_inner` stays only where it is not 4 times the width, as here."""
+    usual = type(theirs.get("n_embd")) is int and theirs.get("n_inner") == 4 * theirs["n_embd"]
     return theirs | {"n_inner": None} if usual else theirs
 
 
@@ -38,9 +43,14 @@ def gpt2():
         GPT2Config, GPT2, Prefix, "transformer.",
         ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"),
         ("attn.bias", "attn.masked_bias"), {"lm_head.weight": "wte.weight"}, (),
-        {"activation_function": "gelu_new", "scale_attn_weights": True,
-         "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "n_inner": None},
+        {"activation_function": GELU_TANH, "scale_attn_weights": True, "n_inner": None,
+         "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
         ("tokenizer.json", "vocab.json"), gpt2_config)
+
+
+def bart_config(theirs):
+    """A BART's config.json; uploads before October 2020 leave out what targets begin with."""
+    return {"decoder_start_token_id": 2} | theirs
 
 
 def bart():
@@ -51,11 +61,11 @@ def bart():
     return Architecture(
         BARTConfig, BART, BARTPrefix, "model.", (), ("encoder.version", "decoder.version"), tied,
         ("final_logits_bias",),
-        {"activation_function": "gelu", "scale_embedding": False, "normalize_before": False,
+        {"activation_function": GELU, "scale_embedding": False, "normalize_before": False,
          "add_final_layer_norm": False, "normalize_embedding": True, "add_bias_logits": False,
          "static_position_embeddings": False, "extra_pos_embeddings": 2,
          "is_encoder_decoder": True, "tie_word_embeddings": True},
-        ("vocab.json", "dict.txt", "tokenizer.json"))
+        ("vocab.json", "dict.txt", "tokenizer.json"), bart_config)
 
 
 def llama_config(theirs):
@@ -76,7 +86,7 @@ def llama():
     return Architecture(
         LlamaConfig, Llama, Prefix, "model.", (), ("rotary_emb.inv_freq",),
         {"lm_head.weight": "embed_tokens.weight"}, (),
-        {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_type": "default",
+        {"hidden_act": SILU, "attention_bias": False, "mlp_bias": False, "rope_type": "default",
          "sliding_window": None, "use_qk_norm": False},
         ("tokenizer.json",), llama_config)
 

@@ -37,6 +37,16 @@ def fingerprint(model):
     return digest.hexdigest()[:16]
 
 
+def check_finite(tensors, source):
+    """Raise ValueError where a tensor of the dictionary `tensors` has a NaN or an infinity: with it
+    a model says its token 0 for ever. source: where they come from.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"got {source} with NaN or infinity in {name}; expected finite "
+                             "numbers; fetch it again, or train it again with a lower lr")
+
+
 def save(model, directory):
     """Write DIRECTORY/config.json and DIRECTORY/model.pt, each whole or not at all."""
     directory = Path(directory)
@@ -78,4 +88,6 @@ def load(directory, device="cpu", dtype=torch.float32):
                          "what `python -m pretrained.convert` writes; make it again") from error
     model.fingerprint = mark
     model.generation_config = about.get("generation_config", {})
-    return model.to(device, dtype).requires_grad_(False).eval()
+    model = model.to(device, dtype).requires_grad_(False).eval()
+    check_finite(model.state_dict(), directory)
+    return model

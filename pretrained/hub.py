@@ -2,6 +2,7 @@
 
 Not here: what a checkpoint holds (hugging_face.py).
 """
+import contextlib
 import importlib.util
 import re
 import shutil
@@ -68,8 +69,9 @@ def declared_sha256(url):
     except urllib.error.HTTPError as reply:
         if reply.code < 400:
             return _declared(reply.headers)
-        raise OSError(f"could not ask {url} for its checksum: {reply}; check the name, try "
-                      "again later, or convert a directory") from reply
+        kind = FileNotFoundError if reply.code == 404 else OSError
+        raise kind(f"could not ask {url} for its checksum: {reply}; check the name, try again "
+                   "later, or convert a directory") from reply
     except urllib.error.URLError as error:
         raise OSError(f"could not reach {url}: {error.reason}; check the connection, or download "
                       "the files elsewhere and convert their directory") from error
@@ -112,6 +114,9 @@ def fetch(name, out_directory, hub=HUB):
             raise ValueError(f"got no SHA-256 for {url}; expected the server to state one; "
                              f"download it by other means and put it at {source / file}")
         download(url, source / file, sha256)
+    if not (source / "config.json").exists():           # else the files were put there by hand
+        with contextlib.suppress(FileNotFoundError):    # older uploads have none
+            get("generation_config.json")
     get("config.json")
     kind = read_object(source / "config.json").get("model_type")
     vocabularies = [file for file in architecture(kind).vocabularies if file != "dict.txt"]

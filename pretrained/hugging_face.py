@@ -18,13 +18,12 @@ import torch
 from data.tokenizer import read_vocab
 from model import GPT2
 from pretrained.architectures import architecture
-from pretrained.checkpoint import save
+from pretrained.checkpoint import check_finite, save
 from utils.files import atomic_write
 
-# What config.json or the newer generation_config.json has on decoding: saved, to decode alike.
-GENERATION = ("forced_bos_token_id", "forced_eos_token_id", "num_beams", "length_penalty",
-              "min_length", "max_length", "no_repeat_ngram_size", "early_stopping", "bos_token_id",
-              "eos_token_id", "pad_token_id", "decoder_start_token_id")
+# What is kept of how the makers decode: tokens. Beams and lengths are chosen by the data set.
+FORCED = ("forced_bos_token_id", "forced_eos_token_id")
+GENERATION = (*FORCED, "bos_token_id", "eos_token_id")
 # What git leaves in the place of a large file where git-lfs is not installed.
 LFS_POINTER = b"version https://git-lfs"
 
@@ -38,12 +37,36 @@ def read_object(path):
                          "it and download it again") from error
 
 
-def read_generation_config(directory):
-    """How the makers decode, by config.json or, where there is one, generation_config.json."""
-    newer = Path(directory) / "generation_config.json"
-    both = read_object(Path(directory) / "config.json")
-    both |= read_object(newer) if newer.exists() else {}
-    return {name: both[name] for name in GENERATION if both.get(name) is not None}
+def read_configs(directory):
+    """config.json, in which the newer generation_config.json, where there is one, has the last word
+    on decoding: as in transformers, what it does not force is not forced.
+    """
+    path, newer = directory / "config.json", directory / "generation_config.json"
+    if not path.exists():
+        raise ValueError(f"got {directory}, which has no config.json; expected it beside the "
+                         "weights; download it from the model's page")
+    both = read_object(path)
+    if both.get("force_bos_token_to_be_generated"):     # what it was called until 2021
+        both["forced_bos_token_id"] = both.get("bos_token_id")
+    return both | (dict.fromkeys(FORCED) | read_object(newer) if newer.exists() else {})
+
+
+def generation_config(both, vocab_size, path):
+    """What is kept of `read_configs`: {name: a token, or a list of the several that end a text}.
+
+    An end, or a beginning, that the model has no row for can never be said, and is left out.
+    """
+    kept = {}
+    for name in GENERATION:
+        value = both.get(name)
+        tokens = [token for token in (value if isinstance(value, list) else [value])
+                  if type(token) is int and 0 <= token < vocab_size]
+        if name in FORCED and value is not None and tokens != [value]:
+            raise ValueError(f"got {path} with {name} = {value!r}; expected a token below "
+                             f"{vocab_size}; correct it there or in generation_config.json")
+        if tokens:
+            kept[name] = tokens if len(tokens) > 1 else tokens[0]
+    return kept
 
 
 def our_config(theirs, path):
@@ -55,27 +78,25 @@ def our_config(theirs, path):
         raise ValueError(f"got {path} with {what}") from error
     theirs = classes.fill_config(theirs)
     for option, value in classes.fixed_options.items():
-        if theirs.get(option, value) not in (value, None):
-            raise ValueError(f"got {path} with {option} = {theirs[option]!r}; expected {value!r}, "
-                             "the model here can do no other; choose another checkpoint")
+        names = value if isinstance(value, tuple) else (value,)
+        if theirs.get(option) not in (*names, None):
+            raise ValueError(f"got {path} with {option} = {theirs[option]!r}; expected "
+                             f"{names[0]!r}, the model here can do no other; choose another "
+                             "checkpoint")
     ours = {}
     for field in dataclasses.fields(classes.config):
         value = theirs.get(field.name)
         if field.type is float and type(value) is int:
             value = float(value)
-        if type(value) is not field.type or field.type is not bool and value <= 0:
+        token = field.name.endswith("_token_id")                # 0 is one, too
+        if type(value) is not field.type or (not 0 <= value < ours["vocab_size"] if token else
+                                             field.type is not bool and value <= 0):
             raise ValueError(f"got {path} with {field.name} = {value!r}; expected a "
-                             f"positive {field.type.__name__}; correct it or download it again")
+                             + ("token of its vocabulary" if token else
+                                f"positive {field.type.__name__}")
+                             + "; correct it or download it again")
         ours[field.name] = value
     return classes.config(**ours), classes
-
-
-def read_config(path):
-    """The same of a Hugging Face config.json on disk."""
-    if not path.exists():
-        raise ValueError(f"got {path.parent}, which has no config.json; expected it beside the "
-                         "weights; download it from the model's page")
-    return our_config(read_object(path), path)
 
 
 def weight_files(directory):
@@ -142,6 +163,11 @@ def ends_with(name, ends):
     return any(f".{name}".endswith(f".{end}") for end in ends)
 
 
+def same_numbers(a, b):
+    """Whether two tensors are one, but for the rounding of one of them to a shorter dtype."""
+    return torch.equal(a, b.to(a.dtype)) or torch.equal(a.to(b.dtype), b)
+
+
 def rename(theirs, model, classes, source):
     """The state dict of `model` made of a Hugging Face one, which is emptied on the way: otherwise
     a large model would be in memory twice. classes: its `Architecture`.
@@ -151,6 +177,7 @@ def rename(theirs, model, classes, source):
         tensor, short = theirs.pop(name), name.removeprefix(classes.root)
         if ends_with(short, classes.ignored):
             continue
+        check_finite({name: tensor}, source)
         if short in ours:
             raise ValueError(f"got {source} with {short} twice, once behind {classes.root!r}; "
                              "expected it once; save it again")
@@ -163,7 +190,7 @@ def rename(theirs, model, classes, source):
         if copy is None:
             continue
         ours.setdefault(twin, copy)             # a file may have the one tensor under any name
-        if copy.dtype != ours[twin].dtype or not torch.equal(copy, ours[twin]):
+        if not same_numbers(copy, ours[twin]):
             raise ValueError(f"got {source} where {name} differs from {twin}; expected one tensor "
                              "for both, as in the paper's models; choose another checkpoint")
     for name in classes.zero:
@@ -198,14 +225,15 @@ def read_checkpoint(directory):
     computed here.
     """
     directory, theirs = Path(directory), {}
-    config, classes = read_config(directory / "config.json")
+    path, both = directory / "config.json", read_configs(directory)
+    config, classes = our_config(both, path)
     with torch.device("meta"):
         model = classes.model(config)
-    for path in weight_files(directory):
-        theirs |= read_file(path)
+    model.generation_config = generation_config(both, config.vocab_size, path)
+    for file in weight_files(directory):
+        theirs |= read_file(file)
     ours = rename(theirs, model, classes, directory)
     check_names(ours, model, directory)
-    model.generation_config = read_generation_config(directory)
     return model, ours
 
 

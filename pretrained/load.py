@@ -48,6 +48,8 @@ def find_model(name):
 
     Raises ValueError for a name that is not known.
     """
+    if not name:                # "" would be the directory that one stands in
+        raise ValueError("got the model ''; expected a name or a directory; name it with --model")
     here, ours = Path(name), WEIGHTS / name
     if (here / "model.pt").exists():
         return here

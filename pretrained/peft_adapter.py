@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from prefix import flatten, unflatten
-from pretrained.checkpoint import UNREADABLE, describe
+from pretrained.checkpoint import UNREADABLE, check_finite, describe
 from pretrained.hub import NAMES
+from pretrained.hugging_face import read_file
 from pretrained.load import load_model
 from pretrained.run_directory import load_run, run_settings, save_prefix
 from utils.files import atomic_write
@@ -80,11 +81,12 @@ def read_config(directory):
     if kind != "PREFIX_TUNING":
         raise ValueError(f"got {directory}, an adapter of the kind {kind}; expected PREFIX_TUNING; "
                          "no other of peft's methods is a prefix of every layer")
-    if task != "CAUSAL_LM" or about.get("num_transformer_submodules") not in (None, 1):
-        raise ValueError(f"got {directory}, a prefix for the task {task}; expected CAUSAL_LM: "
-                         "peft's prefix of an encoder-decoder is another method (no prefix of the "
-                         "encoder and of the cross attention, layers that share theirs); train "
-                         "one here")
+    parts = about.get("num_transformer_submodules") or 1
+    if task != "CAUSAL_LM" or parts != 1:
+        raise ValueError(f"got {directory}, a prefix for the task {task} and {parts} submodules; "
+                         "expected CAUSAL_LM and 1: peft's prefix of an encoder-decoder is another "
+                         "method (no prefix of the encoder and of the cross attention, layers that "
+                         "share theirs); train one here")
     return about
 
 
@@ -94,15 +96,14 @@ def read_weights(directory):
     if path is None:
         raise ValueError(f"got {directory} without {' or '.join(WEIGHTS)}; expected one of them; "
                          "give the directory that save_pretrained wrote")
-    try:
-        state = (safetensors().load_file(path) if path.suffix == ".safetensors" else
-                 torch.load(path, map_location="cpu", weights_only=True))
-        flat = state["prompt_embeddings"]
-        if flat.dim() != 2 or not flat.is_floating_point():
-            raise ValueError(f"prompt_embeddings is {flat.dtype} of shape {tuple(flat.shape)}")
-    except UNREADABLE as error:
-        raise ValueError(f"got {path}, which is no prefix of peft ({describe(error)}); expected a "
-                         "tensor prompt_embeddings (P, 2LC); save it again with peft") from error
+    if path.suffix == ".safetensors":
+        safetensors()                           # or the message that it is missing
+    state = read_file(path)
+    flat = state.get("prompt_embeddings", torch.empty(0))
+    if flat.dim() != 2 or not flat.is_floating_point():
+        raise ValueError(f"got {path} with {', '.join(state) or 'nothing'}; expected one tensor "
+                         "prompt_embeddings (P, 2LC) of floating point; save it again with peft")
+    check_finite(state, path)
     return flat
 
 
@@ -118,15 +119,20 @@ def read_peft(directory, out, model_name=""):
     theirs = about.get("base_model_name_or_path") or ""
     ours = {repository: name for name, (repository, _) in NAMES.items()}
     name = model_name or ours.get(theirs, theirs)
+    if not name:
+        raise ValueError(f"got {directory}, which names no base model; expected the one that the "
+                         "prefix was trained with; name it with --model")
     model, _ = load_model(name, "cpu", "fp32")
     check_one_prefix(model, name)
     empty = model.empty_prefix()                                            # (L, 2, 1, H, 0, D)
     L, _, _, H, _, D = empty.shape
-    if flat.size(1) != 2 * L * H * D or about.get("num_attention_heads") not in (None, H):
-        raise ValueError(f"got {directory} for {about.get('num_layers')} layers of width "
-                         f"{about.get('token_dim')} with {about.get('num_attention_heads')} heads; "
-                         f"expected {L}, {H * D} and {H}, as {name} has; choose its model with "
-                         "--model")
+    expected = {"num_layers": L, "token_dim": H * D, "num_attention_heads": H,
+                "num_virtual_tokens": len(flat), "columns": 2 * L * H * D}
+    got = {key: value if about.get(key) is None else about[key] for key, value in expected.items()}
+    got["columns"] = flat.size(1)
+    if got != expected:
+        raise ValueError(f"got {directory} with {got}; expected {expected}, as {name} and the "
+                         "tensor have; choose its model with --model")
     save_prefix(Path(out) / "prefix.pt", unflatten(flat, empty.shape).contiguous(), model)
     settings = {"model": str(name), "data": "", "data_dir": "", "method": "prefix",
                 "prefix_len": len(flat), "from_peft": str(directory)}

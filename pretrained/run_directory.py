@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from prefix import tensors_of
-from pretrained.checkpoint import UNREADABLE, describe, load, save
+from pretrained.checkpoint import UNREADABLE, check_finite, describe, load, save
 from pretrained.load import load_model
 from utils.files import atomic_write
 
@@ -64,7 +64,9 @@ def load_prefix(path, model):
         if shape != expected:
             raise ValueError(f"got {path} with a prefix of shape {shape}, expected {expected}; "
                              "train it again")
-    return prefix.to(model.word_embedding.weight)
+    prefix = prefix.to(model.word_embedding.weight)
+    check_finite(dict(enumerate(tensors_of(prefix))), path)
+    return prefix
 
 
 # ---- a finished run

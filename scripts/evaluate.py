@@ -63,13 +63,10 @@ def saved_outputs(path, about, examples):
     done in another way, or from other sources.
     """
     first, *rows = read_rows(path) or [about]
-    ours = [isinstance(first, dict)] + [
-        isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("source", "text"))
-        for row in rows]
-    if not all(ours):
-        raise ValueError(f"got {path}, whose row {ours.index(False) + 1} is not of this program; "
-                         "expected how the texts were decoded, then a row with source and text for "
-                         "each; move that file away")
+    for number, row in enumerate(rows, 1):
+        if not all(isinstance(row.get(key), str) for key in ("source", "text")):
+            raise ValueError(f"got {path}, whose text {number} has no source or no text; expected "
+                             "what this program wrote there; move that file away")
     if first != about:
         differ = ", ".join(f"{key} ({first.get(key)}, now {about[key]})" for key in about
                            if first.get(key) != about[key])

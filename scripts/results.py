@@ -12,19 +12,23 @@ def to_line(row):
 def read_rows(path):
     """The objects in `path`, without a last one that a kill has cut off; [] where no file is.
 
-    Raises ValueError where any other line is no JSON.
+    Raises ValueError where any other line is no JSON object.
     """
     path, rows = Path(path), []
     lines = path.read_bytes().split(b"\n") if path.exists() else []     # cut anywhere: in a letter
     lines = [line for line in lines if line.strip()]
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise ValueError(f"got {path}, a line of which is no JSON ({error}); expected what "
-                                 "this program wrote there; mend it, or name another "
-                                 "file") from error
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise TypeError("a value that is no object")
+            rows.append(row)
+        except (ValueError, TypeError) as error:
+            if number == len(lines) and line.startswith(b"{"):
+                break
+            raise ValueError(f"got {path}, a line of which is no JSON object ({line[:40]!r}); "
+                             "expected what this program wrote there; mend it, or name another "
+                             "file") from error
     return rows
 
 

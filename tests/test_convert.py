@@ -480,13 +480,86 @@ def test_the_makers_way_of_decoding_survives_both_files(tmp_path):
     newer = {"bos_token_id": 59, "forced_eos_token_id": 3, "temperature": 0.5}
     (directory / "generation_config.json").write_text(json.dumps(newer))
     convert(directory, tmp_path / "out")
-    wanted = {"num_beams": 4, "bos_token_id": 59, "forced_eos_token_id": 3}
+    wanted = {"bos_token_id": 59, "forced_eos_token_id": 3}     # what is not used is not kept
     model = load(tmp_path / "out")
     assert model.generation_config == wanted        # the newer file's word counts
     save(model, tmp_path / "again")
     assert load(tmp_path / "again").generation_config == wanted
     save(small(), tmp_path / "plain")
     assert load(tmp_path / "plain").generation_config == {}
+
+
+def test_the_newer_file_has_the_last_word(tmp_path):
+    """Would catch: a token forced that generation_config.json does not force (as transformers: it
+    replaces the older file's words), one of several ends, ends that no row of the model can be.
+    """
+    directory = write(tmp_path / "hf", foreign(small()), forced_eos_token_id=3, eos_token_id=60)
+    for newer, wanted in (
+            (None, {"forced_eos_token_id": 3, "eos_token_id": 60}),
+            ({}, {"eos_token_id": 60}), ({"forced_bos_token_id": 5, "eos_token_id": 7},
+                                         {"forced_bos_token_id": 5, "eos_token_id": 7}),
+            ({"eos_token_id": [7, 0, 9]}, {"eos_token_id": [7, 0, 9]}),
+            ({"eos_token_id": [50256, 9], "bos_token_id": 50256}, {"eos_token_id": 9})):
+        if newer is not None:
+            (directory / "generation_config.json").write_text(json.dumps(newer))
+        convert(directory, tmp_path / "ours")
+        assert load(tmp_path / "ours").generation_config == wanted
+    for wrong in (61, -1, "3", [3, 4]):
+        newer = json.dumps({"forced_eos_token_id": wrong})
+        (directory / "generation_config.json").write_text(newer)
+        with pytest.raises(ValueError, match="with forced_eos_token_id = .*; expected a token bel"):
+            convert(directory, tmp_path / "ours")
+
+
+def test_a_download_brings_the_newer_file(hub, tmp_path):
+    """Would catch: how the makers decode lost on the way from the hub."""
+    hub.files["generation_config.json"] = b'{"eos_token_id": [7, 9]}'
+    hub.sums["generation_config.json"] = ""
+    fetch("gpt2-medium", tmp_path / "out", hub.url)
+    assert load(tmp_path / "out").generation_config == {"eos_token_id": [7, 9]}
+
+
+def test_a_head_may_be_the_embedding_in_a_shorter_dtype(tmp_path):
+    """Would catch: one tensor refused, saved once in fp32 and once in fp16."""
+    state = foreign(small(), "transformer.")
+    wide = state["transformer.wte.weight"]
+    for head, words in ((wide.half(), wide), (wide, wide.half()), (wide.bfloat16(), wide.double())):
+        _, ours = read_checkpoint(write(tmp_path / "hf", state | {
+            "lm_head.weight": head, "transformer.wte.weight": words}))
+        assert torch.equal(ours["wte.weight"], words)
+    half = wide.half()
+    half[3, 4] += 0.01
+    refused(write(tmp_path / "hf", state | {"lm_head.weight": half}), "lm_head.weight differs")
+
+
+def test_another_width_of_the_mlp_is_named(tmp_path):
+    """Would catch: the advice to download both files again, which never ends."""
+    refused(write(tmp_path / "hf", foreign(small()), n_inner=40), "n_inner = 40; expected None")
+    for same in (None, 48):                                     # 4 * 12
+        convert(write(tmp_path / "hf", foreign(small()), n_inner=same), tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind, option", [("gpt2", "activation_function"),
+                                          ("bart", "activation_function"), ("llama", "hidden_act")])
+def test_all_names_of_an_activation_are_one_function(kind, option):
+    """Would catch: a name that is another function, or the model's own left out."""
+    activations = pytest.importorskip("transformers.activations", reason="the oracle: pip install "
+                                                                         "transformers")
+    x, (first, *others) = torch.linspace(-6, 6, 999, dtype=torch.float64), (
+        architecture(kind).fixed_options[option])
+    for name in others:
+        difference = activations.ACT2FN[name](x) - activations.ACT2FN[first](x)
+        assert difference.abs().max() < 1e-8, name      # sqrt(2 / pi) has 10 digits in some of them
+
+
+def test_another_name_of_the_activation_is_read(tmp_path):
+    """Would catch: a GPT-2 refused for the newer name of the function that it was trained with."""
+    for name in ("gelu_new", "gelu_pytorch_tanh", None):
+        write(tmp_path / "hf", foreign(small()), activation_function=name)
+        convert(tmp_path / "hf", tmp_path / "out")
+    other = write(tmp_path / "hf", foreign(small()), activation_function="gelu")
+    with pytest.raises(ValueError, match="activation_function = 'gelu'; expected 'gelu_new'"):
+        convert(other, tmp_path / "none")
 
 
 # ---- the table of the architectures

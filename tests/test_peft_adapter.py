@@ -111,8 +111,12 @@ def test_the_model_is_that_of_the_run_that_is_started_from(run, tmp_path, monkey
 
 @pytest.mark.parametrize("change, words", [
     ({"peft_type": "LORA"}, "an adapter of the kind LORA; expected PREFIX_TUNING"),
-    ({"task_type": "SEQ_2_SEQ_LM"}, "a prefix for the task SEQ_2_SEQ_LM; expected CAUSAL_LM"),
-    ({"num_attention_heads": 3}, "24 with 3 heads; expected 3, 24 and 4"),
+    ({"task_type": "SEQ_2_SEQ_LM"}, "the task SEQ_2_SEQ_LM and 1 submodules; expected CAUSAL_LM"),
+    ({"num_transformer_submodules": 2}, "task CAUSAL_LM and 2 submodules; expected CAUSAL_LM and"),
+    ({"num_attention_heads": 3}, "got .*_heads': 3.*; expected .*'num_attention_heads': 4.*; choo"),
+    ({"num_layers": 2}, "got .*'num_layers': 2.*; expected .*'num_layers': 3.*; choose"),
+    ({"token_dim": 48}, "got .*'token_dim': 48.*; expected .*'token_dim': 24.*; choose"),
+    ({"num_virtual_tokens": 5}, "got .*_tokens': 5.*; expected .*'num_virtual_tokens': 4.*; choo"),
     (None, "which is no adapter of peft"),
 ])
 def test_other_adapters_are_refused(run, tmp_path, model_directory, change, words):
@@ -124,6 +128,38 @@ def test_other_adapters_are_refused(run, tmp_path, model_directory, change, word
         convert.main(["--from-peft", str(tmp_path / "peft"), "--model", str(model_directory),
                       "--out", str(tmp_path / "back")])
     assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("raw", [
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 1234\n", b"",
+    b"\x50\0\0\0\0\0\0\0{\"prompt"], ids=["pointer", "empty", "cut"])
+@pytest.mark.parametrize("name", peft_adapter.WEIGHTS)
+def test_a_damaged_adapter_is_one_sentence(run, tmp_path, model_directory, raw, name):
+    """Would catch: a traceback of safetensors' own kind, which no program catches."""
+    convert.main(["--run", str(run), "--to-peft", str(tmp_path / "peft")])
+    (tmp_path / "peft" / "adapter_model.safetensors").unlink()
+    (tmp_path / "peft" / name).write_bytes(raw)
+    with pytest.raises(ValueError, match=f"got .*{name}, which .*; expected .*; ") as caught:
+        convert.main(["--from-peft", str(tmp_path / "peft"), "--model", str(model_directory),
+                      "--out", str(tmp_path / "back")])
+    assert "\n" not in str(caught.value) and not (tmp_path / "back").exists()
+    assert ("git lfs pull" in str(caught.value)) == raw.startswith(b"version")
+
+
+@pytest.mark.parametrize("name", [None, ""])
+def test_a_prefix_that_names_no_base_model_needs_one(run, tmp_path, model_directory, monkeypatch,
+                                                     name):
+    """Would catch: "got .", or the model in whose directory one stands."""
+    convert.main(["--run", str(run), "--to-peft", str(tmp_path / "peft")])
+    path = tmp_path / "peft" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}))
+    monkeypatch.chdir(model_directory)
+    call = ["--from-peft", str(tmp_path / "peft"), "--out", str(tmp_path / "back")]
+    with pytest.raises(ValueError, match="which names no base model; expected .*--model"):
+        convert.main(call)
+    with pytest.raises(ValueError, match="got the model ''; expected a name"):
+        load_model("", "cpu", "fp32")
+    convert.main([*call, "--model", str(model_directory)])
 
 
 def test_what_has_no_such_form_is_refused(run, tmp_path, model_directory, monkeypatch):

@@ -1,6 +1,7 @@
 """Decoding: the cache, ragged batches, what ends a text, how a token is drawn; and the program."""
 import functools
 import gzip
+import io
 import json
 import shutil
 import subprocess
@@ -15,9 +16,10 @@ import train
 from data import paper
 from data.requests import read_requests
 from data.tokenizer import load_tokenizer
-from decoding.constraints import Constraints
+from decoding.constraints import Constraints, banned_tokens
 from model import ExplicitAttention
-from pretrained.checkpoint import load
+from pretrained.checkpoint import fingerprint, load, save
+from pretrained.run_directory import save_prefix
 from sample import generate, sample_token
 
 EOS = 256
@@ -167,6 +169,83 @@ def test_many_sources_come_back_in_their_order(trained, tmp_path, capsys):
     assert [row["text"] + "\n" for row in rows][:5] == alone
 
 
+@pytest.fixture
+def talkative(tmp_path, model_directory):
+    """A model on disk whose texts have line breaks, and two runs of it: of tables, of a .jsonl."""
+    shutil.copytree(model_directory, tmp_path / "model")
+    model = random_gpt2(seed=1).float()
+    model.wpe.weight.data *= 8                          # not the same token for ever
+    model.wte.weight.data[[10, *b"ab"]] *= 5
+    save(model, tmp_path / "model")
+    model.fingerprint = fingerprint(model)
+    for data in ("e2e", "my.jsonl"):
+        torch.manual_seed(0)
+        save_prefix(tmp_path / data / "prefix.pt", torch.randn(3, 2, 1, 4, 2, 6) / 9, model)
+        (tmp_path / data / "config.json").write_text(json.dumps({"settings": {
+            "model": str(tmp_path / "model"), "data": data}}))
+    return tmp_path
+
+
+def test_line_breaks_are_forbidden_for_the_papers_tables_only(talkative, capsys):
+    """Would catch: targets of several lines that a prefix has learned and may not say."""
+    def banned(**settings):
+        return sample.Generator(sample.Settings(device="cpu", **settings)).constraints.banned_tokens
+    assert banned(run=[str(talkative / "e2e")]) == (10,)
+    assert banned(run=[str(talkative / "e2e")], ban=["i"]) == (ord("i"),)
+    assert banned(run=[str(talkative / "my.jsonl")]) == banned(model=str(talkative / "model")) == ()
+    assert all(paper.banned_after(name) for name in ("e2e", "webnlg", "dart", "world"))
+    assert not any(paper.banned_after(name) for name in ("xsum", "my.jsonl", ""))
+    assert output(capsys, "--run", str(talkative / "e2e"), "n : 3").count("\n") == 1
+
+
+def test_a_text_of_several_lines_comes_out_whole(talkative, capsys):
+    """Alone and in .jsonl; a line for each source elsewhere. Would catch: lines joined by blanks,
+    or texts in a file of lines that belong to the sources above.
+    """
+    run = str(talkative / "my.jsonl")
+    text, other = (output(capsys, "--run", run, source) for source in ("n : 3", "m"))
+    assert "\n" in text.strip() and "\n" in other.strip()
+    (talkative / "in.txt").write_text("n : 3\nm\n")
+    both = ["--run", run, "--input", str(talkative / "in.txt")]
+    assert output(capsys, *both).splitlines() == [
+        " ".join(x.removesuffix("\n").splitlines()) for x in (text, other)]
+    output(capsys, *both, "--output", str(talkative / "out.jsonl"))
+    rows = [json.loads(line) for line in (talkative / "out.jsonl").read_text().splitlines()]
+    assert [row["text"] + "\n" for row in rows] == [text, other]
+
+
+@pytest.mark.slow
+def test_a_prefix_says_the_lines_that_it_learned(tmp_path, capsys):
+    """Would catch: a ban or a join anywhere between training and the output, in `train.show` too.
+    """
+    rows = [{"source": f"name : Rudibis | length : {i}", "target": "It is a bridge.\nIt is long."}
+            for i in range(300)]
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train.main(["--data", str(tmp_path / "my.jsonl"), "--model", "tiny-gpt2", "--steps", "100",
+                "--lr", "3e-3", "--prefix-len", "5", "--device", "cpu", "--out",
+                str(tmp_path / "run")])
+    shown = capsys.readouterr().out
+    assert "prefix     It is a bridge.\nIt is long.\nreference" in shown, shown
+    sample.main(["--run", str(tmp_path / "run"), rows[7]["source"], "--device", "cpu"])
+    assert capsys.readouterr().out == "It is a bridge.\nIt is long.\n"
+
+
+def test_an_empty_text_is_not_an_absent_one(trained, model_directory, capsys, monkeypatch):
+    """Would catch: a program that asks, and so eats the lines of the loop that calls it."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the next line of a loop\n"))
+    model, tokenizer = load(model_directory), load_tokenizer(model_directory)
+    row, = generate(model, [[EOS]], Constraints(EOS, 12))
+    assert output(capsys, "--model", str(model_directory), "") == tokenizer.text_of(row) + "\n"
+    assert output(capsys, "--run", trained, "").count("\n") == 1
+    with pytest.raises(ValueError, match="which cannot be read"):
+        output(capsys, "--run", trained, "--input", "")
+    assert sys.stdin.read() == "the next line of a loop\n"
+    generator = sample.Generator(sample.Settings(model=str(model_directory), device="cpu",
+                                                 max_new_tokens=12))
+    generator.model.generation_config = {"bos_token_id": 65}            # as of a Llama
+    assert generator.prompt("", model.empty_prefix()) == [65]
+
+
 def test_the_frozen_model_continues_a_text(trained, model_directory, capsys):
     """Would catch: a prefix in front of the frozen model, or a source's frame around plain text."""
     tokenizer, model = load_tokenizer(model_directory), load(model_directory)
@@ -198,8 +277,7 @@ def test_the_settings_reach_the_decoder(trained, model_directory, monkeypatch):
         return sample.Generator(sample.Settings(device="cpu", **settings))
     constraints = generator(run=[trained], max_new_tokens=12, min_new_tokens=3,
                             no_repeat_ngram_size=4).constraints
-    assert constraints == Constraints(EOS, 12, 3, (10,), 4)             # 10 is the line break
-    assert generator(model=str(model_directory)).constraints.banned_tokens == ()
+    assert constraints == Constraints(EOS, 12, 3, (), 4)
     calls = []
     monkeypatch.setattr(sample, "beam_search",
                         lambda state, *rest: calls.append(rest) or [([1], 0.0)])
@@ -265,7 +343,7 @@ def test_the_line_breaks_of_gpt2_are_two_tokens(tmp_path):
         tokenizer = load_tokenizer(tmp_path)
     except OSError as error:
         pytest.skip(f"GPT-2's vocabulary is not here: {error}")
-    assert sample.banned_tokens(tokenizer, paper.LINE_BREAKS) == (198, 628)
+    assert banned_tokens(tokenizer, paper.LINE_BREAKS) == (198, 628)
 
 
 def test_summaries_are_decoded_as_the_official_code_does():
@@ -309,6 +387,7 @@ def test_a_source_that_is_too_long_is_cut_aloud(trained, capsys):
     (["--run", "RUN", "x", "--device", "meta"], "got --device meta, which PyTorch cannot use"),
     (["--run", "RUN", "--input", "bad.jsonl"], r"bad.jsonl, line 2: got the keys \['sauce'\]"),
     (["--run", "RUN", "--input", "latin.txt"], "latin.txt, line 1: got the byte 0xe9"),
+    (["--run", "RUN", "--input", "gap.txt", "--output", "./gap.txt"], "gap.txt, which is --input"),
     (["--run", "RUN", "x", "--output", "o.txt"], "got --output without --input"),
     (["--run", "RUN", "x", "--input", "empty.txt"], "got a prompt and --input"),
     (["--run", "RUN", "x", "--temprature", "1"], "did you mean --temperature"),
@@ -323,3 +402,4 @@ def test_a_mistake_is_told_in_one_sentence(trained, arguments, words, tmp_path, 
     with pytest.raises((ValueError, OSError), match=words):
         sample.main([trained if a == "RUN" else a for a in arguments])
     assert not (tmp_path / "o.txt").exists()
+    assert (tmp_path / "gap.txt").read_text() == "n : 1\n\nn : 2\n"

@@ -14,7 +14,7 @@ from test_convert import hub  # noqa: F401  a fixture
 
 from pretrained.checkpoint import load
 from pretrained.hub import NAMES, fetch
-from pretrained.hugging_face import convert
+from pretrained.hugging_face import FORCED, convert
 
 
 def foreign(bart, root="model."):
@@ -44,7 +44,7 @@ def test_every_weight_arrives(bart, tmp_path, root):
     for name, tensor in bart.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
     assert again.config == bart.config
-    assert again.generation_config == {"forced_bos_token_id": 0, "decoder_start_token_id": 2}
+    assert again.generation_config == {"forced_bos_token_id": 0}
     assert (tmp_path / "ours" / "dict.txt").read_text().count("\n") == 257
 
 
@@ -75,6 +75,55 @@ def test_another_function_is_refused_by_name(bart, tmp_path, option, value):
     with pytest.raises(ValueError, match=f"with {option} = {value!r}; expected .*; "):
         convert(write(tmp_path / "hf", bart, foreign(bart), **{option: value}), tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+def test_what_targets_begin_with_may_be_token_0_or_left_out(bart, tmp_path):
+    """Would catch: <s> refused as no number; a refusal of uploads before October 2020."""
+    directory = write(tmp_path / "hf", bart, foreign(bart), decoder_start_token_id=0)
+    convert(directory, tmp_path / "ours")
+    assert load(tmp_path / "ours").config.decoder_start_token_id == 0
+    about = json.loads((directory / "config.json").read_text())
+    del about["decoder_start_token_id"]
+    (directory / "config.json").write_text(json.dumps(about))
+    convert(directory, tmp_path / "ours")
+    assert load(tmp_path / "ours").config.decoder_start_token_id == 2
+    for start in (5, 262, -1):
+        (directory / "generation_config.json").write_text(json.dumps(
+            {"decoder_start_token_id": start}))
+        if start == 5:
+            convert(directory, tmp_path / "ours")
+            assert load(tmp_path / "ours").config.decoder_start_token_id == 5
+            continue
+        with pytest.raises(ValueError, match="with decoder_start_token_id = .*; expected a token"):
+            convert(directory, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("changes, newer", [
+    ({"force_bos_token_to_be_generated": True}, None),
+    ({"force_bos_token_to_be_generated": False}, None),
+    ({"force_bos_token_to_be_generated": True}, {"eos_token_id": 2}),
+    ({"forced_bos_token_id": 7, "forced_eos_token_id": 2}, None),
+    ({"forced_bos_token_id": 7, "forced_eos_token_id": 2}, {"forced_bos_token_id": 0}),
+    ({"forced_bos_token_id": 0}, {"eos_token_id": [2, 5]})])
+def test_what_is_forced_is_what_transformers_forces(bart, tmp_path, changes, newer):
+    """Would catch: the key that the makers used until 2021, as of distilbart-cnn, a file that is
+    read after the one that replaced it.
+    """
+    transformers = pytest.importorskip("transformers", reason="the oracle: pip install "
+                                                              "transformers")
+    directory = write(tmp_path / "hf", bart, foreign(bart), bos_token_id=0, eos_token_id=2)
+    about = json.loads((directory / "config.json").read_text())
+    del about["forced_bos_token_id"]
+    (directory / "config.json").write_text(json.dumps(about | changes))
+    if newer is not None:
+        (directory / "generation_config.json").write_text(json.dumps(newer))
+    theirs = transformers.BartForConditionalGeneration.from_pretrained(
+        directory).generation_config
+    convert(directory, tmp_path / "ours")
+    ours = load(tmp_path / "ours").generation_config
+    assert all(ours.get(name) == getattr(theirs, name) for name in FORCED)
+    # A text has to end somewhere: here the older file's end stays where the newer one has none.
+    assert ours["eos_token_id"] == (theirs.eos_token_id or 2)
 
 
 def test_a_name_is_downloaded_with_its_vocabulary(hub, bart, tmp_path):  # noqa: F811

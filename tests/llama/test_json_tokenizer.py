@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from data.tokenizer import load_tokenizer
-from sample import banned_tokens
+from decoding.constraints import banned_tokens
 
 tokenizers = pytest.importorskip("tokenizers", reason="it reads tokenizer.json: pip install "
                                                       "tokenizers")
@@ -76,7 +76,7 @@ def test_an_end_that_is_typed_is_text(tokenizer, text):
 def test_of_several_ends_the_first_is_learned(bytes_tokenizer, tmp_path):
     """Would catch: a list where a number is wanted."""
     tokenizer = on_disk(bytes_tokenizer, tmp_path, [2, 1])
-    assert (tokenizer.eos_token_id, tokenizer.more_ends) == (2, (1,))
+    assert tokenizer.eos_token_id == 2
     assert tokenizer.target_ids("x")[-1] == 2
     for nothing in (None, [], [None], "2"):
         with pytest.raises(ValueError, match="whose config.json has no eos_token_id; expected"):
@@ -97,7 +97,7 @@ def test_a_mark_of_words_is_not_banned_with_a_line_break(tmp_path):
     """
     tokenizer = on_disk(words_with_marks(), tmp_path)
     assert tokenizer.encode("\n") == [2, 8 + 10] and tokenizer.encode("5") == [2, 6]
-    assert banned_tokens(tokenizer) == (8 + 10,)
+    assert banned_tokens(tokenizer, ["\n"]) == (8 + 10,)
     assert tokenizer.text_of(tokenizer.target_ids("a 5 b")) == "a 5 b"
 
 

@@ -25,6 +25,21 @@ def test_a_file_called_like_the_world_is_not_the_world(run, monkeypatch, capsys)
     assert "slots" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("line", ["[1]", "3", '{"text": "x"}', '{"source": 5, "text": "x"}',
+                                  '{"source": "n : 0"}', '{"source": "n : 0", "text": 5}', "junk"])
+def test_foreign_lines_in_the_file_of_a_split_are_one_sentence(tmp_path, line):
+    """Would catch: an AttributeError or a KeyError, after all is decoded or before."""
+    example, about = Example("n : 0", ("x",), ""), {"data": "x"}
+    path = tmp_path / "test.jsonl"
+    path.write_text(json.dumps(about) + "\n" + line + "\n" + json.dumps(about) + "\n")
+    with pytest.raises(ValueError, match="got .*test.jsonl, .*; expected .*; ") as caught:
+        evaluate.saved_outputs(path, about, [example])
+    assert "\n" not in str(caught.value)
+    path.write_text(line + "\n")
+    with pytest.raises(ValueError, match="got .*test.jsonl, .*; expected .*; "):
+        evaluate.saved_outputs(path, about, [example])
+
+
 def test_seen_and_unseen_are_parted_by_topic():
     """Would catch: the parts exchanged, or a text that is in neither."""
     topics = ["Airport", "Artist", "Food", "Athlete", "Airport"]
@@ -147,7 +162,7 @@ def test_references_that_change_are_the_stored_ones(run, monkeypatch):
 def test_texts_of_another_program_are_refused(tmp_path, lines):
     """Would catch: a traceback for a line that is JSON and no text of ours."""
     (tmp_path / "test.jsonl").write_text(lines + "\n")
-    with pytest.raises(ValueError, match="whose row [12] is not of this program; expected"):
+    with pytest.raises(ValueError, match="no source or no text; expected|is no JSON object .*expected"):
         evaluate.decode(None, [Example("s", ("t",))], tmp_path / "test.jsonl", {"a": 1}, 1)
 
 

@@ -162,7 +162,7 @@ def test_references_that_change_are_the_stored_ones(run, monkeypatch):
 def test_texts_of_another_program_are_refused(tmp_path, lines):
     """Would catch: a traceback for a line that is JSON and no text of ours."""
     (tmp_path / "test.jsonl").write_text(lines + "\n")
-    with pytest.raises(ValueError, match="no source or no text; expected|is no JSON object .*expected"):
+    with pytest.raises(ValueError, match="no source or no text|is no JSON object"):
         evaluate.decode(None, [Example("s", ("t",))], tmp_path / "test.jsonl", {"a": 1}, 1)
 
 

@@ -10,11 +10,13 @@ import base64
 import dataclasses
 import html
 import json
+import os
 from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")         # before torch, as in train.py
+import torch  # noqa: E402
 
 import sample
 from data import tasks
@@ -57,6 +59,7 @@ PAGE = """<!DOCTYPE html>
 class Settings:
     run: str = flag("", "directory of a training run, out/NAME")
     out: str = flag("", "directory to write to; left out: that of the run")
+    data: str = flag("", "another data set than the one of the run, by name or .jsonl")
     data_dir: str = flag("", "read the data set from here; left out: as the run did")
     examples: int = flag(8, "of the dev set, spread over it: read and decoded", within=(1, inf))
     max_new_tokens: int = flag(None, "as in sample.py", kind=int, within=(1, inf))
@@ -127,7 +130,7 @@ def draw_shares(shares, tokens):
         heads.set_xticks(range(texts[0].size(1)))
         heads.set_xlabel("head")
         image = heat_map(text, texts[0].mean(1), f"{place}: along one text, mean of the heads")
-        text.set_xlabel("token that attends (■: an end)")
+        text.set_xlabel("token that attends (■: no text)")
         if len(tokens[place]) <= 100:
             text.set_xticks(range(len(tokens[place])), tokens[place], rotation=90, fontsize=7,
                             parse_math=False)
@@ -218,10 +221,11 @@ def score_table(path):
 def page(run, about, log, shares, tokens, outputs):
     """The whole page as text."""
     settings = about["settings"]
-    main = ("method", "prefix_len", "lr", "steps", "batch_size", "seed")
-    parts = [f"<p>{html.escape(', '.join(f'{name} {settings[name]}' for name in main))}<br>"
-             f"{html.escape(about['parameters'])}</p>",
-             "<h2>Loss</h2>", image("loss curve", draw_losses, log, settings), loss_table(log)]
+    names = ("method", "prefix_len", "lr", "steps", "batch_size", "seed")
+    main = ", ".join(f"{name} {settings[name]}" for name in names if name in settings)
+    parts = [f"<p>{html.escape(main)}<br>{html.escape(about.get('parameters', ''))}</p>"]
+    if log:
+        parts += ["<h2>Loss</h2>", image("loss curve", draw_losses, log, settings), loss_table(log)]
     if shares:
         parts += ["<h2>Attention to the prefix</h2>",
                   "<p>λ is the share of a head's attention that goes to the prefix: the head says "
@@ -231,7 +235,8 @@ def page(run, about, log, shares, tokens, outputs):
     parts += ["<h2>Outputs</h2>", table("greedy, dev set", outputs, zip(*outputs.values()))]
     scores = sorted(Path(run).glob("*scores.json"))
     parts += ["<h2>Scores</h2>"] * bool(scores) + [score_table(path) for path in scores]
-    versions = {key: about[key] for key in ("fingerprint", "commit")} | about["versions"]
+    versions = {"fingerprint": about["fingerprint"], "commit": about.get("commit")}
+    versions |= about.get("versions", {})
     parts += ["<h2>Settings</h2>",
               table("config.json", ["name", "value"], (settings | versions).items())]
     title = f"{settings['model']}, {settings['data']}: {Path(run).resolve().name}"
@@ -246,14 +251,15 @@ def main(argv=None):
                                                  max_new_tokens=s.max_new_tokens))
     about = json.loads((Path(s.run) / "config.json").read_text("utf-8"))
     settings, log = about["settings"], read_rows(Path(s.run) / "log.jsonl")
-    examples = spread(tasks.load(settings["data"], "dev", s.data_dir or settings["data_dir"]
-                                 or None), s.examples)
+    examples = spread(tasks.load(s.data or settings["data"], "dev", s.data_dir
+                                 or settings["data_dir"] or None), s.examples)
     prefix, = generator.prefixes.values()
     shares, tokens = shares_of(generator, prefix, examples,
-                               (settings["max_source"], settings["max_target"]))
+                               (settings.get("max_source"), settings.get("max_target")))
     outputs, out = outputs_of(generator, settings["method"], examples), Path(s.out or s.run)
-    save_picture(out / "loss.png", draw_losses, log, settings)
-    if shares:
+    if log:                                     # a prefix of peft's has none
+        save_picture(out / "loss.png", draw_losses, log, settings)
+    if shares:                                  # fine-tuning has no prefix
         save_picture(out / "lambda.png", draw_shares, shares, tokens)
     with atomic_write(out / "page.html", "w") as file:
         file.write(page(s.run, about, log, shares, tokens, outputs))

@@ -1,6 +1,7 @@
 """Pictures of a run: lambda is what the weights say, and the page is whole by itself."""
 import html.parser
 import json
+import shutil
 import sys
 
 import numpy
@@ -132,15 +133,16 @@ class Page(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, model_directory, bart_directory):
-    """{name: a run of three steps}, of a GPT-2 and of a BART, on a task with signs of HTML."""
+    """{name: a run of three steps} on a task with signs of HTML."""
     tmp_path = tmp_path_factory.mktemp("runs")
     rows = [{"source": f"<b>{n} & $x", "target": f"a <i> {n}"} for n in range(20)]
     (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    for name, directory in (("gpt2", model_directory), ("bart", bart_directory)):
+    prefix = ["--prefix-len", "4", "--mid-dim", "8"]
+    for name, directory, flags in (("gpt2", model_directory, prefix), ("bart", bart_directory,
+                                   prefix), ("tuned", model_directory, ["--method", "finetune"])):
         train.main(["--model", str(directory), "--data", str(tmp_path / "my.jsonl"), "--steps", "3",
-                    "--prefix-len", "4", "--mid-dim", "8", "--device", "cpu", "--lr", "1e-2",
-                    "--out", str(tmp_path / name)])
-    return {name: tmp_path / name for name in ("gpt2", "bart")}
+                    "--device", "cpu", "--lr", "1e-2", "--out", str(tmp_path / name), *flags])
+    return {name: tmp_path / name for name in ("gpt2", "bart", "tuned")}
 
 
 def test_the_page_is_whole_by_itself(runs, tmp_path):
@@ -149,23 +151,38 @@ def test_the_page_is_whole_by_itself(runs, tmp_path):
     """
     pytest.importorskip("matplotlib", reason="it draws: pip install matplotlib")
     scores = {"data": "my", "split": "test", "scores": {"all": {"tables": 3, "BLEU": 12.345}}}
-    (runs["gpt2"] / "test.scores.json").write_text(json.dumps(scores))
-    for name, places in (("gpt2", ["prefix"]), ("bart", ["encoder", "decoder", "cross"])):
-        out = tmp_path / f"{name} out"
-        draw.main([str(runs[name]), "--examples", "2", "--device", "cpu", "--out", str(out),
-                   "--max-new-tokens", "20"])
-        source = (out / "page.html").read_text("utf-8")
-        found = Page(source)
-        text = " ".join(found.text)
-        assert source.startswith("<!DOCTYPE html>") and not {"script", "link"} & set(found.tags)
-        assert len(found.links) == 2 and "url(" not in source and "http://" not in source
-        assert all(link.startswith("data:image/svg+xml;base64,") for link in found.links)
-        assert "<b>" not in source and "& $x" in text
-        assert "without the prefix" in text and "prefix_len" in text
-        assert [place for place in ("prefix", "encoder", "decoder", "cross")
-                if f"λ of the {place}," in text] == places
-        assert ("12.35" in text or "12.34" in text) == (name == "gpt2")
-        assert (out / "lambda.png").stat().st_size > 5_000 < (out / "loss.png").stat().st_size
+    (runs["bart"] / "test.scores.json").write_text(json.dumps(scores))
+    draw.main([str(runs["bart"]), "--examples", "2", "--device", "cpu", "--out", str(tmp_path),
+               "--max-new-tokens", "20"])
+    source = (tmp_path / "page.html").read_text("utf-8")
+    found = Page(source)
+    text = " ".join(found.text)
+    assert source.startswith("<!DOCTYPE html>") and not {"script", "link"} & set(found.tags)
+    assert len(found.links) == 2 and "url(" not in source and "http://" not in source
+    assert all(link.startswith("data:image/svg+xml;base64,") for link in found.links)
+    assert "<b>" not in source and "& $x" in text
+    assert "without the prefix" in text and "prefix_len" in text
+    assert all(f"λ of the {place}," in text for place in ("encoder", "decoder", "cross"))
+    assert "12.35" in text or "12.34" in text
+    assert all((tmp_path / name).stat().st_size > 5_000 for name in ("lambda.png", "loss.png"))
+
+
+def test_runs_that_lack_something_have_a_page_too(runs, tmp_path, model_directory):
+    """Fine-tuning has no prefix, a prefix of peft's no log. Would catch: lambda or "before" of
+    nothing, a page that asks for what is not there.
+    """
+    flags = ["--examples", "2", "--device", "cpu", "--max-new-tokens", "9", "--out", str(tmp_path)]
+    draw.main([str(runs["tuned"]), *flags])
+    text = " ".join(Page((tmp_path / "page.html").read_text("utf-8")).text)
+    assert "with finetune" in text and "λ" not in text and "without the prefix" not in text
+    shutil.copy(runs["gpt2"] / "prefix.pt", tmp_path / "prefix.pt")
+    settings = {"model": str(model_directory), "data": "", "data_dir": "", "method": "prefix"}
+    (tmp_path / "config.json").write_text(json.dumps({"settings": settings, "fingerprint": "?"}))
+    with pytest.raises(ValueError, match="got the data ''"):
+        draw.main([str(tmp_path), *flags])
+    draw.main([str(tmp_path), *flags, "--data", str(runs["gpt2"].parent / "my.jsonl")])
+    text = " ".join(Page((tmp_path / "page.html").read_text("utf-8")).text)
+    assert "λ of the prefix," in text and "Loss" not in text
 
 
 def test_without_matplotlib_the_rest_is_done_and_it_is_said(runs, tmp_path, monkeypatch, capsys):

@@ -10,6 +10,7 @@ import re
 import statistics
 from pathlib import Path
 
+from scripts.drawing import new_figure, plain_panel, save_picture
 from scripts.results import read_rows
 from utils.cli import flag, parse, run_program
 from utils.files import atomic_write
@@ -131,10 +132,10 @@ def table(results):
     return "\n".join(rows)
 
 
-def draw(results, path):
+def draw(results):
     """The picture: a column of panels for seen kinds, one for unseen; a row for each score."""
-    from matplotlib import pyplot
-    figure, panels = pyplot.subplots(2, 2, figsize=(10, 7), sharex=True)
+    figure = new_figure(10, 7)
+    panels = figure.subplots(2, 2, sharex=True)
     for column, (split, name) in enumerate(SPLITS.items()):
         for panel, score in zip(panels[:, column], ("slots", "exact")):
             sizes = results.sizes("near", TUNED)
@@ -152,17 +153,16 @@ def draw(results, path):
             panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
             panel.minorticks_off()
             panel.set_ylim((75, 101) if score == "slots" else (0, 103))
-            panel.set_title(f"{SCORES[score]}, {name}", fontsize=10)
+            plain_panel(panel, f"{SCORES[score]}, {name}")
             panel.grid(alpha=0.3)
         panels[1, column].set_xlabel("tables to learn from")
     panels[0, 0].set_ylabel("% of 200 tables")
     panels[1, 0].set_ylabel("% of 200 tables")
     figure.suptitle("Near style: means of 3 seeds, bars one standard deviation; thin: fine-tuning "
                     "at every rate of its grid", fontsize=10)
-    figure.legend(*panels[1, 1].get_legend_handles_labels(), loc="lower center", ncols=4,
+    figure.legend(*panels[1, 1].get_legend_handles_labels(), loc="outside lower center", ncols=4,
                   fontsize=9)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def missing(results):
@@ -197,11 +197,7 @@ def main(argv=None):
     with atomic_write(page, "w") as file:
         file.write(text)
     print(table(results))
-    try:
-        draw(results, settings.picture)
-    except ImportError as error:
-        raise ValueError(f"got no package matplotlib; expected it for the picture (the table is in "
-                         f"{page}); `pip install matplotlib`") from error
+    save_picture(settings.picture, draw, results)
 
 
 if __name__ == "__main__":

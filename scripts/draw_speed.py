@@ -6,6 +6,7 @@ Reads these files and nothing else; all have to be of one machine. Needs matplot
 """
 import sys
 
+from scripts.drawing import new_figure, plain_panel, save_picture
 from scripts.results import read_rows
 from utils.cli import run_program
 
@@ -36,7 +37,6 @@ def name_bars(panel, bars):
         panel.text(0.01, top + 0.6, f"batches of {title}", fontsize=8, style="italic",
                    transform=panel.get_yaxis_transform())
     panel.set_ylim(bars[-1][0] - 0.7, bars[0][0] + 1.5)
-    panel.spines[["top", "right"]].set_visible(False)
 
 
 def draw_rates(panel, rows, dtype):
@@ -54,9 +54,8 @@ def draw_rates(panel, rows, dtype):
     name_bars(panel, bars)
     panel.set_xlim(0, 1.25 * max(row["tokens/s"] / usual[row["what"]] / row["of the limit"]
                                  for row in rows))
-    panel.set_title(f"a step of training, {dtype}: real tokens a second, {USUAL[dtype]} = 1\n"
-                    "mark: the multiplications alone; %: how near to it",
-                    fontsize=9, loc="left")
+    plain_panel(panel, f"a step of training, {dtype}: real tokens a second, {USUAL[dtype]} = 1\n"
+                 "mark: the multiplications alone; %: how near to it")
 
 
 def draw_memory(panel, rows, dtype):
@@ -67,7 +66,7 @@ def draw_memory(panel, rows, dtype):
         panel.text(row["MB"], height, f"  {row['MB']:,.0f} MB", va="center", fontsize=8)
     name_bars(panel, bars)
     panel.set_xlim(0, 1.2 * max(row["MB"] for row in rows))
-    panel.set_title(f"memory that a step adds, {dtype}", fontsize=9, loc="left")
+    plain_panel(panel, f"memory that a step adds, {dtype}")
 
 
 def draw_decoding(panel, by_dtype):
@@ -85,18 +84,16 @@ def draw_decoding(panel, by_dtype):
     panel.text(len(titles) - 0.52, 1.03, "peft", color="tab:blue", fontsize=8)
     panel.set_xticks(range(len(titles)), titles, fontsize=8)
     panel.set_ylim(0, 1.2 * panel.get_ylim()[1])
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.set_title("decoding: tokens a second, the faster of peft's = 1", fontsize=9, loc="left")
+    plain_panel(panel, "decoding: tokens a second, the faster of peft's = 1")
 
 
 def draw(rows):
     """The whole picture: a column for each dtype of training, a row for decoding."""
-    from matplotlib import pyplot
     training = [row for row in rows if "of the limit" in row]
     decoding = {dtype: own for dtype in USUAL if (own := [
         row for row in rows if row["measure"] == "decode" and row["dtype"] == dtype])}
     heights = [4, 4, 2.5] if decoding else [4, 4]
-    figure = pyplot.figure(figsize=(12, sum(heights)), layout="constrained")
+    figure = new_figure(12, sum(heights))
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     for column, dtype in enumerate(USUAL):
         own = [row for row in training if row["dtype"] == dtype]
@@ -114,11 +111,8 @@ def main(paths=None, picture="docs/speed.png"):
         raise ValueError("got no rows, or those of several machines; expected files that "
                          "scripts.bench train and decode wrote on one machine; name them, or "
                          "measure again")
-    try:
-        draw(rows).savefig(picture, dpi=110)
-    except ImportError as error:
-        raise ValueError("got no package matplotlib; expected it, to draw with; `pip install "
-                         "matplotlib`") from error
+    if not save_picture(picture, draw, rows):
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from data.pairs import pairs_of
 from data.requests import read_requests
 from decoding.beam import beam_search
 from decoding.constraints import constraints_of
-from decoding.state import DecodingState
+from decoding.state import DecodingState, stack_prefixes
 from prefix import tensors_of
 from pretrained.load import load_model
 from pretrained.run_directory import load_prefix, load_run, run_settings
@@ -178,7 +178,9 @@ class Generator:
     def prefix_beside(self, run):
         """The prefix of another run; it has to be of the model that the first run brought."""
         try:
-            return load_prefix(Path(run) / "prefix.pt", self.model)
+            prefix = load_prefix(Path(run) / "prefix.pt", self.model)
+            stack_prefixes([next(iter(self.prefixes.values())), prefix], 2)     # of the same layers
+            return prefix
         except ValueError as error:
             raise ValueError(f"got --run {run} beside --run {self.settings.run[0]}; expected "
                              f"prefixes of one model; leave one out ({error})") from error

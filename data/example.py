@@ -3,8 +3,11 @@
 Every reader of a file yields rows (where, source, targets, topic), `where` being the file with the
 line or the entry; `examples` looks at all of them. Text only.
 """
+import re
 import sys
 from dataclasses import dataclass
+
+LONGEST_BLANK = 100_000         # in characters; a million before a word are too many for tiktoken
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,15 @@ def short(value):
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
+def check_blanks(text, got="got a text"):
+    """Raise ValueError for a run of blanks that is too long for tiktoken, whose Rust panics on it:
+    no Exception, and a page on stderr.
+    """
+    if len(text) >= LONGEST_BLANK and re.search(rf"(?<!\s)\s{{{LONGEST_BLANK}}}", text):
+        raise ValueError(f"{got} with {LONGEST_BLANK:,} blanks in a row or more, which tiktoken "
+                         "cannot read; expected fewer; delete them")
+
+
 def check_text(text, what, where):
     """Raise ValueError for what is no text that a model could read or generate."""
     # "\ud83d" alone is legal JSON, and no character.
@@ -27,6 +39,7 @@ def check_text(text, what, where):
             and text.encode("utf-8", "ignore").decode() == text):
         raise ValueError(f"{where}: got the {what} {short(text)}, expected text, neither blank nor "
                          "with half a character; mend or delete it")
+    check_blanks(text, f"{where}: got a {what}")
 
 
 def examples(rows):

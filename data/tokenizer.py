@@ -1,10 +1,10 @@
 """The tokenizer of a model: its own vocabulary from a file, or GPT-2's, and how it frames a text.
 
 Both are byte-level BPE with GPT-2's rule for cutting text into words, so that any text can be
-encoded and comes back the same. The bundled models have a small vocabulary in a file
-`tokenizer.tiktoken`, in tiktoken's format: a line for each token with its bytes in base64, a blank,
-and its number. BART has GPT-2's tokens under other numbers: a file beside the model has them. Any
-other vocabulary is a tokenizer.json.
+encoded and comes back the same; with a tokenizer.json that is so where its makers wanted it. The
+bundled models have a small vocabulary in a file `tokenizer.tiktoken`, in tiktoken's format: a line
+for each token with its bytes in base64, a blank, and its number. BART has GPT-2's tokens under
+other numbers: a file beside the model has them. Any other vocabulary is a tokenizer.json.
 
 All tokenizers answer `encode`, `decode`, `source_ids`, `target_ids` and `text_of`, and have
 `vocab_size`, `eos_token_id` and `ids`, the numbers of their tokens. A text in which someone wrote
@@ -12,16 +12,16 @@ All tokenizers answer `encode`, `decode`, `source_ids`, `target_ids` and `text_o
 """
 import base64
 import json
-import re
 from pathlib import Path
 
 import tiktoken
+
+from data.example import check_blanks
 
 # How GPT-2 cuts text before bytes are merged: 's, 't and so on; runs of letters, of digits, of
 # other signs, each with one blank before it; then the other blanks.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END_OF_TEXT = "<|endoftext|>"
-LONGEST_BLANK = 100_000         # in characters; a million before a word are too many for tiktoken
 # The numbers that fairseq gives before the first token of a dict.txt, and the one after the last.
 START, PAD, END, UNKNOWN, MASK = "<s>", "<pad>", "</s>", "<unk>", "<mask>"
 # What a model's directory may hold beside it: a vocabulary that is not GPT-2's, a BART's numbers.
@@ -97,10 +97,7 @@ class Tokenizer:
         self.max_id = self.vocab_size - 1           # the largest number that a text may hold
 
     def encode(self, text):
-        # tiktoken's Rust panics on such a run: no Exception, and a page on stderr.
-        if len(text) >= LONGEST_BLANK and re.search(rf"(?<!\s)\s{{{LONGEST_BLANK}}}", text):
-            raise ValueError(f"got a text with {LONGEST_BLANK:,} blanks in a row or more, which "
-                             "tiktoken cannot read; expected fewer; delete them")
+        check_blanks(text)
         return self.encoding.encode_ordinary(text)
 
     def decode(self, ids):
@@ -183,9 +180,9 @@ class JSONTokenizer(Tokenizer):
         ends = self.encoding.token_to_id(self.end) if self.end else None
         if ends is None:
             ends = about.get("generation_config", {}).get("eos_token_id")
-        ends = ends if isinstance(ends, list) else [ends]
-        if not ends or not all(isinstance(end, int) and self.encoding.id_to_token(end)
-                               for end in ends):
+        ends = [end for end in (ends if isinstance(ends, list) else [ends])
+                if isinstance(end, int) and self.encoding.id_to_token(end)]
+        if not ends:
             raise ValueError(f"got {directory}, whose config.json has no eos_token_id; expected "
                              "the token that ends a text, one of tokenizer.json; convert the model "
                              "again")
@@ -228,7 +225,7 @@ def byte_level_bpe(directory):
 
 def load_tokenizer(directory):
     """The tokenizer of the model in `directory`: its tokenizer.json or tokenizer.tiktoken, or else
-    tiktoken's "gpt2"; and for a BART its numbers, from dict.txt or vocab.json.
+    tiktoken's "gpt2"; and for a BART its numbers, from dict.txt, vocab.json or tokenizer.json.
 
     <|endoftext|> is the number after the last token, as in GPT-2 (50,257 numbers, 50256 the last).
     Raises OSError when GPT-2's vocabulary is neither in tiktoken's cache nor to be downloaded, and

@@ -1,4 +1,4 @@
-"""Which tokens may come next, whatever the model predicts: for every way of decoding the same.
+"""Which tokens may come next, whatever the model predicts. fast/cuda_graph.py repeats some of it.
 
 Letters as in model.py.
 """

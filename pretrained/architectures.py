@@ -50,7 +50,8 @@ def gpt2():
 
 def bart_config(theirs):
     """A BART's config.json; uploads before October 2020 leave out what targets begin with."""
-    return {"decoder_start_token_id": 2} | theirs
+    return theirs | ({"decoder_start_token_id": 2}
+                     if theirs.get("decoder_start_token_id") is None else {})
 
 
 def bart():

@@ -59,6 +59,9 @@ def main(argv=None):
         return
     source = settings.source
     out = Path(settings.out or WEIGHTS / Path(source).resolve().name.removesuffix(".gguf"))
+    if source and Path(source).resolve() == out.resolve():
+        raise ValueError(f"got {out} to read and to write; expected two directories, for both have "
+                         "a config.json; choose another one with --out")
     for file in ("config.json", *OWN_FILES):        # an old tokenizer would be the new model's
         if (out / file).exists():
             raise ValueError(f"got {out}, which has a {file} already; expected a new directory; "

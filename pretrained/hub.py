@@ -126,7 +126,7 @@ def fetch(name, out_directory, hub=HUB):
         try:
             get(file)
             break
-        except OSError:                     # a page has the one or the other
+        except FileNotFoundError:           # a page has the one or the other
             if file == vocabularies[-1]:
                 raise
     has_safetensors = importlib.util.find_spec("safetensors") is not None

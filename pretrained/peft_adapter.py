@@ -101,8 +101,10 @@ def read_weights(directory):
     state = read_file(path)
     flat = state.get("prompt_embeddings", torch.empty(0))
     if flat.dim() != 2 or not flat.is_floating_point():
-        raise ValueError(f"got {path} with {', '.join(state) or 'nothing'}; expected one tensor "
-                         "prompt_embeddings (P, 2LC) of floating point; save it again with peft")
+        raise ValueError(f"got {path} with {', '.join(list(state)[:3]) or 'nothing'}, its "
+                         f"prompt_embeddings {flat.dtype} of shape {tuple(flat.shape)}; expected "
+                         "one tensor prompt_embeddings (P, 2LC) of floating point; save it again "
+                         "with peft")
     check_finite(state, path)
     return flat
 

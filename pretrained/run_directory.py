@@ -65,7 +65,7 @@ def load_prefix(path, model):
             raise ValueError(f"got {path} with a prefix of shape {shape}, expected {expected}; "
                              "train it again")
     prefix = prefix.to(model.word_embedding.weight)
-    check_finite(dict(enumerate(tensors_of(prefix))), path)
+    check_finite(prefix._asdict() if isinstance(prefix, tuple) else {"the prefix": prefix}, path)
     return prefix
 
 

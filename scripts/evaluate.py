@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import sample
-from data import tasks
+from data import paper, tasks
 from data.batches import group_by
 from data.toy_world import headlines, tables
 from prefix import tensors_of
@@ -37,7 +37,7 @@ class Settings:
     data_dir: str = flag("", "read the data set from here; left out: as the run did")
     examples: int = flag(0, "the first so many tables only; 0: all", within=(0, inf))
     topics: bool = flag(False, "score each topic by itself, too")
-    num_beams: int = flag(None, "as in sample.py; left out: by the run's data, see there",
+    num_beams: int = flag(None, "as in sample.py; left out: by the data set, see there",
                           kind=int, within=(1, 1000), alias="beam")
     length_penalty: float = flag(None, "as in sample.py", kind=float, within=(-100, 100))
     max_new_tokens: int = flag(None, "as in sample.py", kind=int, within=(1, inf), alias="max-new")
@@ -184,8 +184,10 @@ def main(argv=None):
     data = settings.data or trained["data"]
     examples = tasks.load(data, settings.split, settings.data_dir or trained["data_dir"] or None)
     examples = examples[:settings.examples or None]
-    generator = sample.Generator(sample.Settings(run=[settings.run], device=settings.device, **{
-        name: getattr(settings, name) for name in DECODING}))
+    paper.fill_in(settings, paper.DECODING, data)       # of the data that are decoded
+    generator = sample.Generator(sample.Settings(
+        run=[settings.run], device=settings.device, ban=paper.banned_after(data),
+        **{name: getattr(settings, name) for name in DECODING}))
     about = description(generator, settings, data)
     path = Path(settings.run) / f"{settings.split}.jsonl"
     outputs = decode(generator, examples, path, about, settings.batch_size)

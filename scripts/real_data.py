@@ -14,6 +14,7 @@ import os
 import platform
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -172,7 +173,13 @@ def train(run, settings, out):
             words += ["--data-dir", settings.data_dir]
     else:
         words = ["train.py", "--resume", str(out)]
-    seconds, memory = call(words)
+    parts = read_rows(out.with_suffix(".parts.jsonl"))          # of a run that was stopped
+    if not parts or parts[-1]["step"] < parts[-1]["steps"]:
+        seconds, memory = call(words)
+        steps = json.loads((out / "config.json").read_text("utf-8"))["settings"]["steps"]
+        parts.append({"seconds": seconds, "peak_MB": memory, "steps": steps,
+                      "step": read_rows(out / "log.jsonl")[-1]["step"]})
+        write_rows(out.with_suffix(".parts.jsonl"), parts)
     about = json.loads((out / "config.json").read_text("utf-8"))
     log = read_rows(out / "log.jsonl")
     losses = [(row["step"], round(row["dev_loss"], 4)) for row in log if "dev_loss" in row]
@@ -180,8 +187,11 @@ def train(run, settings, out):
     method = asked["method"] + ("" if asked["init"] == "random" else f" {asked['init']}")
     return {"method": method, "lr": asked["lr"], "steps": asked["steps"],
             "parameters": about["parameters"], "dev_losses": losses,
-            "best_dev_loss": min(loss for _, loss in losses), "train_seconds": seconds,
-            "peak_MB": memory, "commit": about["commit"]}
+            "best_dev_loss": min(loss for _, loss in losses), "commit": about["commit"],
+            "tokens_per_second": statistics.median(
+                row["tokens_per_second"] for row in log if "tokens_per_second" in row),
+            "train_seconds": round(sum(part["seconds"] for part in parts), 1),
+            "peak_MB": max(part["peak_MB"] for part in parts)}
 
 
 def decode(run, settings, out, beams):
@@ -191,13 +201,15 @@ def decode(run, settings, out, beams):
     words += [] if beams else ["--num-beams", "1", "--min-new-tokens", "0"]
     words += ["--data-dir", settings.data_dir] if settings.data_dir else []
     words += ["--examples", str(settings.limit)] if settings.limit else []
-    call([*words, "--batch-size", "16" if beams else "32"])
-    found = json.loads((out / "test.scores.json").read_text("utf-8"))["scores"]
-    rows = read_rows(out / "test.jsonl")[1:]
-    kind = "beams" if beams else "greedy"
-    for name in ("test.jsonl", "test.scores.json"):     # another way to decode, other files
-        (out / name).replace(out / f"{kind}.{name}")
-    return rounded(found) | (said(rows) if data == "e2e" else {})
+    texts, scores = "test.jsonl", "test.scores.json"
+    own = out / ("beams" if beams else "greedy")        # another way to decode, other files
+    if not (own / scores).exists():                     # else they are there since an earlier call
+        call([*words, "--batch-size", "16" if beams else "32"])
+        own.mkdir(exist_ok=True)
+        for name in (texts, scores):
+            (out / name).replace(own / name)
+    found = json.loads((own / scores).read_text("utf-8"))["scores"]
+    return rounded(found) | (said(read_rows(own / texts)[1:]) if data == "e2e" else {})
 
 
 def rounded(scores):
@@ -236,9 +248,12 @@ def score_untrained(run, settings):
     texts = untrained_texts(run, settings, examples)
     rows = [{"source": e.source, "text": text} for e, text in zip(examples, texts)]
     write_rows(Path(settings.out) / f"{run.name}.jsonl", rows)
-    found = {part: scores_of(run.data, [examples[i] for i in chosen],
-                             [texts[i] for i in chosen])[0]
-             for part, chosen in parts_of(run.data, examples, False).items()}
+    found = {}
+    for part, chosen in parts_of(run.data, examples, False).items():
+        found[part], missing = scores_of(run.data, [examples[i] for i in chosen],
+                                         [texts[i] for i in chosen])
+        for names, reason in missing.items():
+            print(f"no {names}: {reason}", file=sys.stderr)
     return rounded(found) | (said(rows) if run.data == "e2e" else {})
 
 
@@ -249,9 +264,14 @@ def machine():
     return f"{os.cpu_count()} CPU cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
+def conditions(settings):
+    """What else two rows have to have in common, to be of the same experiment."""
+    return {"model": settings.model, "limit": settings.limit}
+
+
 def carry_out(run, settings):
     """Train, decode, score: the line of the results file."""
-    out, row = Path(settings.out) / run.name, run._asdict() | {"model": settings.model}
+    out, row = Path(settings.out) / run.name, run._asdict() | conditions(settings)
     if not run.flags:
         row["greedy"] = score_untrained(run, settings)
     else:
@@ -269,15 +289,16 @@ def main(argv=None):
     unknown = {*settings.only} - {*GROUPS, "full"}
     if unknown:
         raise ValueError(f"got --only {sorted(unknown)}; expected {', '.join(GROUPS)} or full")
+    results = Path(settings.results)
+    write_rows(results, read_rows(results))                     # without a line cut by a kill
     while True:
-        rows = read_rows(settings.results)
-        done = {(row["model"], row["name"]) for row in rows}
-        runs = full_plan() if settings.full else plan(rows)
-        waiting = [run for run in runs if (settings.model, run.name) not in done
-                   and (not settings.only or run.group in settings.only)]
+        own = [row for row in read_rows(results) if conditions(settings).items() <= row.items()]
+        done = {row["name"] for row in own}
+        waiting = [run for run in (full_plan() if settings.full else plan(own))
+                   if run.name not in done and (not settings.only or run.group in settings.only)]
         if not waiting:
             return
-        append_rows(settings.results, [carry_out(waiting[0], settings)])
+        append_rows(results, [carry_out(waiting[0], settings)])
 
 
 if __name__ == "__main__":

@@ -245,8 +245,8 @@ def rouge_scores(outputs, references, rule):
     from rouge_score.rouge_scorer import RougeScorer
     letters = [c for some in references for text in some for c in text.lower() if c.isalnum()]
     if 2 * sum(c.isascii() for c in letters) <= len(letters):
-        raise ValueError("rouge-score knows the letters a to z and digits only, and most of the "
-                         "references' are others")
+        raise ValueError("rouge-score knows the letters a to z and digits only, and the references "
+                         + ("have mostly others" if letters else "have none"))
     kinds = {"rouge1": "R-1", "rouge2": "R-2", "rougeL": "R-L"}
     scorer = RougeScorer(list(kinds), use_stemmer=True)
 

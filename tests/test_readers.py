@@ -11,10 +11,10 @@ import pytest
 from test_data import webnlg_json, write
 
 from data import formats, summaries
-from data.example import Example
+from data.example import LONGEST_BLANK, Example, examples
 from data.requests import read_requests
 from data.tasks import load
-from data.tokenizer import LONGEST_BLANK, load_tokenizer
+from data.tokenizer import load_tokenizer
 
 TRIPLE = [("A", "is", "B")]
 DART = "dart-v1.1.1-full-dev.json"
@@ -225,6 +225,8 @@ def test_a_million_blanks_are_one_sentence(model_directory, capfd):
     for blank in (" ", "\n"):
         with pytest.raises(ValueError, match="got a text with 100,000 blanks in a row or more"):
             tokenizer.source_ids("a" + blank * 10 ** 6 + "a")
+    with pytest.raises(ValueError, match="my.jsonl, line 3: got a source with 100,000 blanks"):
+        examples([("my.jsonl, line 3", "a" + " " * 10 ** 6 + "a", ("t",), "")])
     most = "a" + " " * (LONGEST_BLANK - 1) + "a"
     assert tokenizer.decode(tokenizer.encode(most * 3)) == most * 3
     assert "panicked" not in capfd.readouterr().err

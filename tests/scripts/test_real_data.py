@@ -94,15 +94,20 @@ def test_runs_to_their_end_once(real_data_dir, tmp_path, monkeypatch):
              str(tmp_path / "out"), "--results", str(tmp_path / "rows.jsonl")]
     call, seen = real_data.call, []
 
-    def stop_once(words, *rest):
+    def stop_twice(words, *rest):
         seen.append(words)
         if len(seen) == 1:
             call([*words, "--stop-at", "2"])
             raise KeyboardInterrupt
+        if "--num-beams" not in words and "scripts.evaluate" in words and not again:
+            again.append(words)
+            raise KeyboardInterrupt                 # before the beams, behind the greedy texts
         return call(words, *rest)
-    monkeypatch.setattr(real_data, "call", stop_once)
-    with pytest.raises(KeyboardInterrupt):
-        real_data.main(words)
+    again = []
+    monkeypatch.setattr(real_data, "call", stop_twice)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            real_data.main(words)
     real_data.main(words)
     assert seen[1][:2] == ["train.py", "--resume"]
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
@@ -110,5 +115,9 @@ def test_runs_to_their_end_once(real_data_dir, tmp_path, monkeypatch):
     assert rows[0]["greedy"]["all"]["BLEU"] > 20 and rows[0]["greedy"]["said"]["name"] == 100
     assert rows[1]["steps"] == 4 and rows[1]["greedy"]["all"]["tables"] == 6
     assert rows[2]["method"] == "finetune" and {"greedy", "beams"} <= rows[2].keys()
+    assert sum("train.py" in words for words in seen) == 3      # fine-tuning was not begun again
+    parts = [json.loads(line) for line in
+             (tmp_path / "out" / "e2e-finetune.parts.jsonl").read_text().splitlines()]
+    assert rows[2]["train_seconds"] == parts[0]["seconds"] and len(parts) == 1
     real_data.main(words)
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 3

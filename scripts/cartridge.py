@@ -54,7 +54,7 @@ def log_probabilities(model, pairs, prefix=None):
     return model.head(hidden[batch.label_positions]).log_softmax(-1)            # (N, V)
 
 
-def study(model, learner, talks, steps=600, lr=0.1, batch_size=16):
+def study(model, learner, talks, steps=1200, lr=0.1, batch_size=16):
     """Train the prefix to expect, without the sheet, what the model expects with it."""
     optimizer = torch.optim.AdamW(learner.parameters(), lr, weight_decay=0)
     with torch.no_grad():
@@ -78,7 +78,6 @@ def ask(model, tokenizer, facts, contexts, prefix=None):
 
 
 def main(lengths=(9, 27)):
-    torch.manual_seed(0)
     model, tokenizer = load_model("tiny-gpt2", "cpu", "fp32")
     sheets, facts = make_document(tokenizer, random.Random(0))
     document, nothing = sum(sheets, []), [[]] * len(sheets)
@@ -89,6 +88,7 @@ def main(lengths=(9, 27)):
         print(f"{name:26}", ask(model, tokenizer, facts, contexts))
     talks = converse(model, tokenizer, sheets, times=64)
     for length in lengths:
+        torch.manual_seed(0)
         learner = Prefix.for_model(model, length, mid_dim=0)
         learner.initialize(model.prefix_from_tokens(document[:length]))
         study(model, learner, talks)

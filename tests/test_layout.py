@@ -173,6 +173,16 @@ def test_every_link_leads_somewhere(page):
             assert path.exists(), target
 
 
+def test_every_test_that_a_page_names_is_there():
+    """`tests/FILE.py::NAME`. Would catch: a proof that has another name by now."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    named = {name for page in pages
+             for name in re.findall(r"(tests/[\w/]+\.py)::(test_\w+)", page.read_text("utf-8"))}
+    for file, name in sorted(named):
+        if file.split("/")[1] not in GONE:
+            assert f"def {name}(" in (ROOT / file).read_text("utf-8"), f"{file}::{name}"
+
+
 def test_no_large_file_is_kept():
     """8 MB at most. Would catch: data or weights on their way into the repository."""
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)

@@ -4,6 +4,14 @@ import functools
 import itertools
 import operator
 
+import torch
+
+
+@functools.lru_cache
+def on_device(tokens, device):
+    """`tokens`, a tuple, as a tensor on `device`, made once."""
+    return torch.tensor(tokens, dtype=torch.long).to(device, non_blocking=True)
+
 
 def ngram_continuations(tokens, n):
     """The tokens that once followed what are now the last n - 1 of `tokens`."""
@@ -51,9 +59,8 @@ class Constraints:
             # It was no choice, so it must not count when texts compete: 0, whatever the model says.
             scores.fill_(float("-inf"))[:, forced] = 0
             return
-        scores[:, list(self.banned_tokens)] = float("-inf")
-        if step < self.min_new_tokens:
-            scores[:, self.ends()] = float("-inf")
+        never = self.banned_tokens + (tuple(self.ends()) if step < self.min_new_tokens else ())
+        scores.index_fill_(1, on_device(never, scores.device), float("-inf"))
         if self.no_repeat_ngram_size:
             for row, tokens in enumerate(sequences):
                 repeats = ngram_continuations(tokens, self.no_repeat_ngram_size)

@@ -83,6 +83,15 @@ def run_settings(directory):
                          "config.json that train.py writes in it; look into out/") from error
 
 
+def with_lengths_of(start, settings):
+    """train.py's settings with the lengths of the prefix `start`, which it starts from."""
+    lengths = {"prefix_len": max(part.size(4) for part in tensors_of(start))}
+    if settings.start_from and isinstance(start, tuple):
+        lengths["prefixes"] = ",".join(f"{place}={part.size(4)}" for place, part
+                                       in start._asdict().items() if part.size(4))
+    return dataclasses.replace(settings, **lengths)
+
+
 def resumed_settings(args):
     """The settings of the run --resume; of `args`, the new call, only --device and --stop-at.
 

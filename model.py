@@ -20,6 +20,10 @@ from torch.nn import functional as F
 
 # ---- attention with a prefix
 
+def widen(x):
+    """x in fp32 or wider: bf16 and fp16 are too coarse for scores, logits and sums of squares."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
 
 def attention_mask(key_mask, T, causal, tree=None):
     """Who sees whom: each token sees the prefix, itself and what is before it; none sees padding.
@@ -60,10 +64,10 @@ def attend(q, k, v, pk, pv, mask):
     if pk.size(2):                          # else there is nothing to put in front of the text
         k = torch.cat((pk.expand(len(k), -1, -1, -1), k), 2)    # (B, H, P+S, D)
         v = torch.cat((pv.expand(len(v), -1, -1, -1), v), 2)    # (B, H, P+S, D)
-    scores = (q / math.sqrt(q.size(-1))) @ k.transpose(2, 3)    # (B, H, T, P+S)
+    scores = (widen(q) / math.sqrt(q.size(-1))) @ widen(k).transpose(2, 3)      # (B, H, T, P+S)
     # So low that the softmax makes it 0, but finite: a row of -inf alone would become NaN.
-    scores = scores.masked_fill(~mask, torch.finfo(q.dtype).min)
-    y = scores.softmax(-1) @ v                                  # (B, H, T, D)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    y = scores.softmax(-1).to(v.dtype) @ v                      # (B, H, T, D)
     # A query that sees no key gets 0: set in y, not in the weights, which are larger.
     return y.masked_fill(~mask.any(3, keepdim=True), 0)         # (B, H, T, D)
 
@@ -96,6 +100,17 @@ def position_ids(key_mask, T, tree=None):
     else:
         seen = key_mask[:, :key_mask.size(1) - tree.size(2)].sum(1, keepdim=True) + tree.sum(2)
     return (seen - 1).clamp(min=0)          # padding may see nothing and gets position 0
+
+
+def linear_in_fp32(x, weight, bias=None):
+    """x W^T + b in fp32 or wider: (..., C) -> (..., V). Logits lie tens to a hundred below 0, where
+    bf16 has steps of 0.25 to 0.5: the loss would be off by a tenth, and likeliest tokens would tie.
+    """
+    if weight.dtype.itemsize > 2:
+        return F.linear(x, weight, bias)
+    parts = weight.split(1024 if x.device.type == "cpu" else len(weight))   # they fit into a cache
+    y = torch.cat([F.linear(widen(x), widen(part)) for part in parts], -1)      # (..., V)
+    return y if bias is None else y + bias
 
 
 def pad(sequences, left=False):
@@ -155,6 +170,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.attention = ExplicitAttention()
+        self.head_product = linear_in_fp32      # another form of it where fast/ has one
         self.fingerprint = ""               # names these very weights; set where they are loaded
         self.generation_config = {}         # how the model's makers decode, under their names
 
@@ -165,6 +181,10 @@ class LanguageModel(nn.Module):
     @property
     def dtype(self):
         return self.word_embedding.weight.dtype
+
+    @property
+    def head_weight(self):
+        return self.word_embedding.weight       # (V, C); a Llama may have another
 
     def prefix_and_mask(self, prefix, n_layers, key_mask, T, causal, tree=None):
         """For each layer its keys and values, (2, 1 or B, H, P, D), and the attention's mask.
@@ -190,8 +210,8 @@ class LanguageModel(nn.Module):
         # The text starts at position P, as in the official code: a prefix takes the place of P
         # tokens. Left padding shifts nothing, and prefixes of several lengths need no special case.
         positions = position_ids(key_mask, ids.size(1), tree)                   # (1 or B, T)
-        # Where texts branch there may be more keys than positions: no text is longer than these.
-        if keys > self.max_positions <= positions.max():
+        # Padding needs no position. Nor have branches that many, which nobody waits here to count.
+        if tree is None and keys > self.max_positions <= positions.max():
             n_prefix = prefix.size(4) + (0 if cache is None else cache.n_prefix)
             raise ValueError(f"got a prefix of {n_prefix} and {keys - n_prefix} tokens; expected "
                              f"at most {self.max_positions} together, the positions of this model; "
@@ -213,12 +233,12 @@ class LanguageModel(nn.Module):
     def start_decoding(self, prompts, prefix, prefix_mask, max_new_tokens, num_beams=1):
         """What is needed to continue `prompts`, lists of tokens of any lengths: a `DecodingStart`.
 
-        prefix: (L, 2, 1 or B, H, P, D). prefix_mask: (B, P) bool, False where a row's is shorter.
-        max_new_tokens, num_beams: how much the cache has to hold. Raises ValueError where a prompt
-        leaves no position free.
+        prefix: (L, 2, 1 or B, H, P, D). prefix_mask: (B, P) bool, on the CPU, False where a row's
+        is shorter. max_new_tokens, num_beams: how much the cache has to hold. Raises ValueError
+        where a prompt leaves no position free.
         """
         # Padding goes in front, so that the newest token of every row stands in the last column.
-        ids, mask = (x.to(self.device) for x in pad(prompts, left=True))        # (B, T) each
+        ids, mask = pad(prompts, left=True)                                     # (B, T) each
         key_mask = torch.cat((prefix_mask, mask), 1)                            # (B, P+T)
         used, row = key_mask.sum(1).max(0)
         if used >= self.max_positions:
@@ -231,6 +251,7 @@ class LanguageModel(nn.Module):
         if self.attention.joins_prefix and len(prefix) == len(cached):
             apart, cached = cached, apart
         cache = KVCache(cached, len(prompts), ids.size(1) + num_beams * max_new_tokens)
+        ids, key_mask = (x.to(self.device, non_blocking=True) for x in (ids, key_mask))
         return DecodingStart(prompts, ids, key_mask, cache, {"prefix": apart}, max_new_tokens)
 
 
@@ -336,9 +357,8 @@ class GPT2(LanguageModel):
         return self.ln_f(x)                                                     # (B, T, C)
 
     def head(self, hidden):
-        """Logits of hidden states (..., C) -> (..., V). The head is the word embedding, transposed.
-
-        Apart from `hidden_states`, so that it is computed only where a logit is wanted: for 50,257
-        words it takes 38.6M multiplications a token, all layers of the smallest GPT-2 take 85M.
+        """Logits of hidden states (..., C) -> (..., V), by the word embedding once more: only where
+        they are wanted, for it takes 38.6M multiplications a token for 50,257 words, all layers of
+        the smallest GPT-2 take 85M.
         """
-        return F.linear(hidden, self.wte.weight)
+        return self.head_product(hidden, self.head_weight)

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from model import widen
+
 
 def flatten(prefix):
     """(L, 2, 1, H, P, D) -> (P, 2LC): column ((2 * layer + {K: 0, V: 1}) * H + head) * D + i.
@@ -101,9 +103,8 @@ class Prefix(nn.Module):
 
 
 def token_losses(logits, labels):
-    """-log p of each token of labels (N,), from logits (N, V); in fp32, for bf16 is too coarse."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, labels, reduction="none")                    # (N,)
+    """-log p of each token of labels (N,), from logits (N, V)."""
+    return F.cross_entropy(widen(logits), labels, reduction="none")             # (N,)
 
 
 def target_loss(model, prefix, batch):

@@ -39,7 +39,6 @@ def sample_token(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     """
     if temperature == 0:
         return logits.argmax(-1)                                                # (B,)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))        # bf16 is too coarse
     logits = logits - logits.amax(-1, keepdim=True)     # so that a tiny temperature cannot overflow
     order = logits.argsort(-1, descending=True)                         # (B, V) likeliest first
     p = (logits / temperature).softmax(-1).gather(1, order)                     # (B, V)
@@ -77,7 +76,7 @@ def generate(model, prompts, constraints, prefix=None, sample=sample_token):
         ids = sample(logits).masked_fill(done, eos)[:, None]                    # (B, 1)
         columns.append(ids)
         done |= constraints.ended(ids[:, 0])
-        if step + 1 == constraints.max_new_tokens or done.all():
+        if step + 1 == constraints.max_new_tokens or state.all_seen_to_be(done, step):
             break
         logits = state.step(ids)[:, 0]                                          # (B, V)
     rows = torch.cat(columns, 1).tolist() if columns else [[]] * len(prompts)   # (B, new tokens)
@@ -120,7 +119,7 @@ class Settings:
     batch_size: int = flag(16, "sources decoded at once, with --input", within=(1, inf))
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     dtype: str = flag("auto", "of the frozen weights; auto: bf16 on a GPU that has it, else fp32",
-                      choices=["auto", "fp32", "bf16", "fp64"])
+                      choices=["auto", "fp32", "bf16", "fp16", "fp64"])
     fast: bool = flag(False, "the forms of fast/ that help on this device; the text is the same")
     attention: str = flag("explicit", "sdpa: PyTorch's; fused: one kernel that reads the prefix "
                                       "without copying it, for a CUDA GPU with triton",
@@ -275,4 +274,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, "a smaller --batch-size, fewer --num-beams or --max-new-tokens")

@@ -35,7 +35,7 @@ from pretrained import run_directory
 from pretrained.architectures import flags_of, new_prefix
 from pretrained.load import load_model, name_of_dtype
 from sample import generate
-from utils.cli import flag, parse, run_program, stop_after_this_step
+from utils.cli import flag, optional_module, parse, run_program, stop_after_this_step
 
 
 @dataclasses.dataclass
@@ -73,7 +73,10 @@ class Settings:
                       within=(1, inf))
     warmup: int = flag(0, "steps in which the lr rises; then it falls to 0 in a line",
                        within=(0, inf), alias="warmup-steps")
-    batch_size: int = flag(None, "pairs in a step", kind=int, within=(1, inf))
+    batch_size: int = flag(None, "pairs in a batch", kind=int, within=(1, inf))
+    accumulate: int = flag(1, "batches in a step: it is that of a batch so many times larger, in "
+                              "the memory of one", within=(1, inf),
+                           alias="gradient-accumulation-steps")
     clip: float = flag(1.0, "longest gradient; longer ones are scaled down", within=(1e-12, 1e30),
                        alias="max-grad-norm")
     weight_decay: float = flag(0.0, "AdamW's, on what learns", within=(0, 100))
@@ -84,7 +87,8 @@ class Settings:
                      within=(0, 10 ** 12))
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     dtype: str = flag("auto", "of the frozen weights, the prefix is fp32; auto: bf16 on a GPU that "
-                              "has it, else fp32", choices=["auto", "fp32", "bf16", "fp64"])
+                              "has it, else fp32; fp16: with a loss scale, for a GPU without bf16",
+                      choices=["auto", "fp32", "bf16", "fp16", "fp64"])
     fast: bool = flag(False, "the forms of fast/ that help on this device; loss and "
                              "gradients stay the same")
     attention: str = flag("explicit", "sdpa: PyTorch's; fused: one kernel that reads the prefix "
@@ -127,12 +131,8 @@ def make_learner(settings, model, start=None):
     """What learns, by --method: a fresh prefix, or weights of the model itself."""
     torch.manual_seed(settings.seed)
     if settings.method != "prefix":
-        try:
-            from baselines.finetune import FineTune
-        except ImportError as error:
-            raise ValueError(f"got --method {settings.method}, but there is no baselines/ here "
-                             f"({error}); use --method prefix") from error
-        return FineTune(model, top=2 if settings.method == "finetune-top2" else None)
+        finetune = optional_module("baselines.finetune", f"--method {settings.method}")
+        return finetune.FineTune(model, top=2 if settings.method == "finetune-top2" else None)
     prefix = new_prefix(model, settings.prefix_len, settings.mid_dim, settings.init,
                         settings.prefixes, settings.prefix_layers)
     if start is not None:
@@ -147,11 +147,7 @@ def find_forms(settings):
     if not (settings.fast or settings.compile or settings.gradient_checkpointing
             or settings.share_source or settings.attention != "explicit"):
         return None
-    try:
-        from fast import forms
-    except ImportError as error:
-        raise ValueError(f"got a flag of fast/, but there is no fast/ here ({error}); leave out "
-                         "--fast, --attention, --compile and the like") from error
+    forms = optional_module("fast.forms", "--fast, --attention, --compile or the like")
     forms.refuse_clashes(settings)
     return forms
 
@@ -169,6 +165,7 @@ class Trainer:
     pairs: the pairs to learn from. dev: the Batches of the dev set. loss, collate: see
     `plain_forms`. data: a name of exactly these pairs, which a resumed run compares.
     """
+    with_state = "learner", "optimizer", "scaler"
 
     def __init__(self, settings, model, learner, pairs, dev, loss=target_loss, collate=None,
                  data=""):
@@ -178,6 +175,8 @@ class Trainer:
         # Only what learns is handed over: the optimiser could not touch a frozen weight.
         self.optimizer = torch.optim.AdamW(learner.parameters(), lr=settings.lr, betas=(0.9, 0.999),
                                            eps=1e-8, weight_decay=settings.weight_decay)
+        half = model.dtype == torch.float16     # gradients below 6e-8 would be lost: computed times
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=half)     # 2^16 or less
         self.step, self.best_loss, self.first_loss = 0, inf, None   # steps done; dev losses
 
     def learning_rate(self):
@@ -188,26 +187,33 @@ class Trainer:
         return s.lr * (s.steps - self.step) / max(1, s.steps - s.warmup)
 
     def train_step(self, pairs):
-        """One step: the paper's equation 2 on one batch. Returns the summed loss, a tensor."""
+        """One step: the paper's equation 2 on these pairs, in --accumulate parts. Returns the
+        summed loss, a tensor.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        batch = self.collate(pairs, self.model).to(self.model.device)
-        prefix = self.learner().to(self.model.dtype)    # the MLP, once for the whole batch
-        loss = self.loss(self.model, prefix, batch)
-        (loss / (batch.n_pairs if self.learner.loss_per == "pair" else batch.n_labels)).backward()
+        n = len(pairs) if self.learner.loss_per == "pair" else count_labels(pairs)
+        total, size = 0, math.ceil(len(pairs) / self.settings.accumulate)
+        for i in range(0, len(pairs), size):
+            batch = self.collate(pairs[i:i + size], self.model).to(self.model.device)
+            prefix = self.learner().to(self.model.dtype)    # the MLP, once for the whole batch
+            loss = self.loss(self.model, prefix, batch)
+            self.scaler.scale(loss / n).backward()
+            total += loss.detach()
+        self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.settings.clip)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
         self.step += 1
-        return loss.detach()
+        return total
 
     @torch.no_grad()
     def dev_loss(self):
         """-log p of a target token, averaged over all target tokens of the dev set."""
         prefix = self.learner.fold().to(self.model.dtype)
-        total = sum(self.loss(self.model, prefix, batch.to(self.model.device)).item()
-                    for batch in self.dev)
-        return total / sum(batch.n_labels for batch in self.dev)
+        losses = [self.loss(self.model, prefix, batch.to(self.model.device)) for batch in self.dev]
+        return sum(torch.stack(losses).tolist()) / sum(batch.n_labels for batch in self.dev)
 
     def evaluate(self):
         """The dev loss now. Saves what learns, if it is the best so far, and the whole state.
@@ -239,20 +245,21 @@ class Trainer:
         run_directory.save_state(self.settings.out, {
             "fingerprint": self.model.fingerprint, "data": self.data, "step": self.step,
             "best": self.best_loss, "first": self.first_loss,
-            "learner": self.learner.state_dict(), "optimizer": self.optimizer.state_dict()})
+            **{name: getattr(self, name).state_dict() for name in self.with_state}})
 
     def restore(self):
         """Go back to the last saved step."""
         state = run_directory.load_state(self.settings.out, self.model.fingerprint, self.data)
-        self.learner.load_state_dict(state["learner"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for name in self.with_state:
+            getattr(self, name).load_state_dict(state[name])
         self.step, self.best_loss, self.first_loss = state["step"], state["best"], state["first"]
 
 
 def train(trainer):
     """All steps, up to --steps. Returns False if it was stopped before the last one."""
-    s, pairs = trainer.settings, trainer.pairs
-    per_epoch, epoch = math.ceil(len(pairs) / s.batch_size), None
+    s, pairs, epoch = trainer.settings, trainer.pairs, None
+    size = s.batch_size * s.accumulate
+    per_epoch = math.ceil(len(pairs) / size)
     dev_every = s.dev_every or max(1, s.steps // 10)
     loss, n_labels, n_tokens, clock = 0.0, 0, 0, time.perf_counter()
     bar = tqdm(total=s.steps, initial=trainer.step, unit="step", disable=None)
@@ -265,7 +272,7 @@ def train(trainer):
                 return False
             if epoch != trainer.step // per_epoch:
                 epoch = trainer.step // per_epoch
-                batches = epoch_batches(pairs, s.batch_size, s.seed, epoch, s.share_source)
+                batches = epoch_batches(pairs, size, s.seed, epoch, s.share_source)
             batch_pairs = [pairs[i] for i in batches[trainer.step % per_epoch]]
             loss += trainer.train_step(batch_pairs)
             n_labels += count_labels(batch_pairs)
@@ -314,11 +321,12 @@ def main(argv=None):
         settings = dataclasses.replace(settings, **flags_of(start, model, settings))
     pairs, dev = encode_examples(*examples, settings, model, tokenizer)
     learner = make_learner(settings, model, start)
-    steps = settings.steps or settings.epochs * math.ceil(len(pairs) / settings.batch_size)
+    size = settings.batch_size * settings.accumulate
+    steps = settings.steps or settings.epochs * math.ceil(len(pairs) / size)
     settings = dataclasses.replace(settings, steps=steps, dtype=name_of_dtype(model.dtype))
     summary = summarize_parameters(learner, model)
     print(f"{settings.model}: {summary}\n{settings.data}: {len(pairs):,} pairs to learn from, "
-          f"{len(dev):,} dev pairs; {steps:,} steps of {settings.batch_size} -> {settings.out}")
+          f"{len(dev):,} dev pairs; {steps:,} steps of {size} -> {settings.out}")
     make_forms = forms.training_forms if forms else plain_forms
     loss, collate, batches = make_forms(settings, model, dev, max(16, settings.batch_size))
     data = hashlib.sha256(repr([(p.ids, p.start) for p in pairs + dev]).encode()).hexdigest()
@@ -338,4 +346,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, "--batch-size smaller by --accumulate, --gradient-checkpointing, --fast")

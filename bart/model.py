@@ -125,13 +125,13 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     def embed(self, words, positions, n_tokens):
-        """words: (B, T, C); positions: (T,) or (B, T); n_tokens: read so far, these included, which
-        is more than positions only where texts branch. Returns (B, T, C).
+        """words: (B, T, C); positions: (T,) or (B, T); n_tokens: of the text so far, 0 where it
+        branches, so that it is not known here. Returns (B, T, C).
         """
         limit = len(self.embed_positions.weight) - 2
-        if n_tokens > limit <= positions.max():
-            raise ValueError(f"got a text of {positions.max() + 1} tokens; expected at most "
-                             f"{limit}, the positions of this model; shorten it")
+        if n_tokens > limit:
+            raise ValueError(f"got a text of {n_tokens} tokens; expected at most {limit}, the "
+                             "positions of this model; shorten it")
         return self.layernorm_embedding(words + self.embed_positions(positions + 2))    # (B, T, C)
 
 
@@ -218,7 +218,7 @@ class BART(LanguageModel):
         n_cross = prefix.cross.size(4) + encoded.kv.size(4) - encoded.key_mask.size(1)
         source_mask = F.pad(encoded.key_mask, (n_cross, 0), value=True)         # (1 or B, P+S)
         cross_layers = self.prefix_and_mask(prefix.cross, n_layers, source_mask, T, causal=False)
-        x = self.decoder.embed(self.shared(ids), positions, n_tokens)           # (B, T, C)
+        x = self.decoder.embed(self.shared(ids), positions, n_tokens if tree is None else 0)
         layers = zip(self.decoder.layers, layers, cross_layers, encoded.kv, strict=True)
         for layer, (block, (part, mask), (cross, cross_mask), source_kv) in enumerate(layers):
             x = block(x, part, cross, source_kv, self.attention, mask, cross_mask, cache, layer)
@@ -228,7 +228,7 @@ class BART(LanguageModel):
 
     def head(self, hidden):
         """Logits of hidden states (..., C) -> (..., V). The head is the word embedding again."""
-        return F.linear(hidden, self.shared.weight, self.final_logits_bias[0])
+        return self.head_product(hidden, self.head_weight, self.final_logits_bias[0])
 
     @torch.no_grad()
     def prefix_from_tokens(self, ids):
@@ -252,10 +252,12 @@ class BART(LanguageModel):
     def start_decoding(self, prompts, prefix, prefix_mask, max_new_tokens, num_beams=1):
         """Read `prompts`, the sources, once, and get ready to write: see GPT2.start_decoding.
 
-        prefix: `ThreePrefixes`; prefix_mask: three masks (B, P) alike.
+        prefix: `ThreePrefixes`; prefix_mask: three masks (B, P) alike, on the CPU.
         """
         # Padding stands behind: a source begins at position 0, wherever its neighbours end.
-        source, mask = (x.to(self.device) for x in pad(prompts))                # (B, S) each
+        source, mask, *prefix_mask = (x.to(self.device, non_blocking=True)      # (B, S) each
+                                      for x in (*pad(prompts), *prefix_mask))   # (B, P) each
+        prefix_mask = ThreePrefixes(*prefix_mask)
         encoded = self.encode(source, mask, prefix, prefix_mask.encoder)
         key_mask = torch.cat((prefix_mask.cross, mask), 1)                      # (B, P+S)
         apart, cached = prefix, self.empty_prefix()
@@ -266,7 +268,9 @@ class BART(LanguageModel):
             kv = torch.cat((prefix.cross.expand(-1, -1, len(source), -1, -1, -1), kv), 4)
         max_new_tokens = min(max_new_tokens, self.max_positions - 1)
         cache = KVCache(cached.decoder, len(source), 1 + num_beams * max_new_tokens)
-        ids = source.new_full((len(source), 1), self.config.decoder_start_token_id)     # (B, 1)
+        start = self.config.decoder_start_token_id
+        ids = source.new_full((len(source), 1), start)                          # (B, 1)
         key_mask_of_target = F.pad(prefix_mask.decoder, (0, 1), value=True)     # (B, P+1)
         inputs = {"prefix": apart, "encoded": EncodedSource(kv, key_mask)}
-        return DecodingStart(ids.tolist(), ids, key_mask_of_target, cache, inputs, max_new_tokens)
+        return DecodingStart([[start]] * len(source), ids, key_mask_of_target, cache, inputs,
+                             max_new_tokens)

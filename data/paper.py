@@ -92,6 +92,8 @@ def contradictions_in(s):
          "it without: the prefix of that run decides; leave them out"),
         (s.method != "prefix" and changed, f"--{first} with --method {s.method}",
          "one of them: that method has no prefix; leave one out"),
+        (s.method != "prefix" and s.dtype == "fp16", f"--method {s.method} with --dtype fp16",
+         "fp32 or bf16: a loss scale helps gradients, not the steps of weights; use --dtype fp32"),
         (not words and s.init_text != defaults["init_text"], f"--init-text with --init {s.init}",
          "it with --init words; leave it out" + ("" if s.start_from else ", or add that")),
         (s.out and Path(s.out).exists(), f"--out {s.out}, which exists",

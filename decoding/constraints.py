@@ -7,6 +7,14 @@ import functools
 import itertools
 import operator
 
+import torch
+
+
+@functools.lru_cache
+def on_device(tokens, device):
+    """`tokens`, a tuple, as a tensor on `device`, made once."""
+    return torch.tensor(tokens, dtype=torch.long).to(device, non_blocking=True)
+
 
 def ngram_continuations(tokens, n):
     """The tokens that once followed what are now the last n - 1 of `tokens`."""
@@ -54,14 +62,14 @@ class Constraints:
             # It was no choice, so it must not count when texts compete: 0, whatever the model says.
             scores.fill_(float("-inf"))[:, forced] = 0
             return
-        scores[:, list(self.banned_tokens)] = float("-inf")
+        scores.index_fill_(1, on_device(self.banned_tokens, scores.device), float("-inf"))
         if self.no_repeat_ngram_size:
             # The end is no repetition: a source ends as its text does, in a blank and this token.
             for row, tokens in enumerate(sequences):
                 repeats = ngram_continuations(tokens, self.no_repeat_ngram_size)
                 scores[row, list(repeats.difference(self.ends()))] = float("-inf")
         if step < self.min_new_tokens:
-            scores[:, self.ends()] = float("-inf")
+            scores.index_fill_(1, on_device(tuple(self.ends()), scores.device), float("-inf"))
             # Where nothing is left the text ends, too short: any other token would be forbidden.
             stuck = scores.amax(1) == float("-inf")                             # (rows,)
             scores[:, self.eos_token_id].masked_fill_(stuck, 0)

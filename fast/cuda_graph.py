@@ -13,6 +13,7 @@ import dataclasses
 import torch
 from torch.nn import functional as F
 
+from decoding.constraints import on_device
 from decoding.state import DecodingState
 from model import KVCache
 from prefix import tensors_of
@@ -103,8 +104,8 @@ class Step:
         self.n = torch.ones(1, dtype=torch.long, device=device)     # columns of `tokens` in use
         self.done = torch.zeros(B, dtype=torch.bool, device=device)             # (B,)
         self.banned, self.end = torch.zeros(2, V, dtype=torch.bool, device=device)      # (V,) each
-        self.banned[list(constraints.banned_tokens)] = True
-        self.end[constraints.ends()] = True
+        self.banned.index_fill_(0, on_device(constraints.banned_tokens, device), True)
+        self.end.index_fill_(0, on_device(tuple(constraints.ends()), device), True)
 
     def begin(self, state, inputs, ids):
         """Put everything in place: prompts that have been read, the first tokens ids (B,)."""

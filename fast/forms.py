@@ -13,6 +13,7 @@ from fast import tries
 from fast.checkpointing import checkpoint_blocks
 from fast.compiled import CompiledLoss
 from fast.cuda_graph import RecordedGenerate, why_not_recordable
+from fast.fp32_head import set_head
 from fast.frozen_head import frozen_target_loss
 from fast.packed import helps, pack
 from fast.sdpa_attention import SDPAAttention
@@ -62,6 +63,8 @@ def training_forms(settings, model, dev, batch_size):
         if helps(model):
             pack(model, learning=True)
             used += ["packed weights"]
+    if settings.fast and set_head(model):
+        used += ["fp32 logits in one product"]
     if settings.gradient_checkpointing:
         checkpoint_blocks(model)
     if settings.share_source:
@@ -87,7 +90,7 @@ def decoding_form(settings, model, constraints, random):
     set_attention(settings.attention, model)
     if settings.fast:
         helped = helps(model, settings.num_beams * (settings.batch_size if settings.input else 1))
-        report(["packed weights"] if helped else [])
+        report(["packed weights"] * helped + ["fp32 logits in one product"] * set_head(model))
         if helped:
             pack(model)
     if not settings.graph:

@@ -28,13 +28,13 @@ class FrozenHead(torch.autograd.Function):
             with torch.enable_grad():
                 part = part.detach().requires_grad_()                               # (R, C)
                 logits = head(part)                                                 # (R, V)
-            p = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))    # (R, V)
+            p = logits.detach()                                                     # (R, V)
             p -= p.amax(1, keepdim=True)
             own = p.gather(1, label)                                                # (R, 1)
             total = p.exp_().sum(1, keepdim=True)                                   # (R, 1)
             p *= weight / total
             p.scatter_add_(1, label, -weight.to(p.dtype))
-            gradients += torch.autograd.grad(logits, part, p.to(logits.dtype))      # (R, C)
+            gradients += torch.autograd.grad(logits, part, p)                       # (R, C)
             loss = loss + ((total.log() - own) * weight).sum()
         ctx.save_for_backward(torch.cat(gradients))                                 # (N, C)
         return loss
@@ -47,7 +47,7 @@ class FrozenHead(torch.autograd.Function):
 
 def frozen_target_loss(model, prefix, batch):
     """The same as prefix.target_loss, where the head does not learn."""
-    assert not model.word_embedding.weight.requires_grad, "this head learns, it needs a gradient"
+    assert not model.head_weight.requires_grad, "this head learns, it needs a gradient"
     hidden = model.hidden_states(**batch.inputs, prefix=prefix)                 # (B, T, C)
     hidden = hidden.flatten(0, 1)[batch.label_positions]                        # (N, C)
     if hidden.requires_grad:

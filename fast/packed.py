@@ -11,7 +11,6 @@ import math
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 ROWS = 8                # the layout is made for so many rows; it is good for 4 and 300 as well
 # For fewer rows than these oneDNN takes a kernel that reads the weights more slowly: on a Zen 5 one
@@ -95,17 +94,11 @@ class Packed(nn.Module):
 
 @torch.no_grad()
 def pack_head(model, learning=False):
-    """The head, where it is the word embedding, transposed: it is no linear layer of its own then.
-
-    That is found out by its numbers, bit for bit, so no list of models has to be kept.
-    """
-    weight = model.word_embedding.weight                                        # (V, C)
-    own_bias = model.head(weight.new_zeros(1, weight.size(1)))[0].clone()       # (V,)
-    for bias in (None, own_bias):
-        if torch.equal(model.head(weight[:8]), F.linear(weight[:8], weight, bias)):
-            # In the place of the method. The embedding stays: words are looked up in it.
-            model.head = Packed(weight, bias, learning).forward
-            return
+    """The head, in the place of its method: most models have no linear layer for it."""
+    weight = model.head_weight                                                  # (V, C)
+    if weight.dtype == torch.float32:       # of bf16 weights oneDNN would give logits in bf16
+        bias = model.head(weight.new_zeros(1, weight.size(1)))[0].clone()       # (V,)
+        model.head = Packed(weight, bias if bias.any() else None, learning).forward
 
 
 def pack(model, learning=False):
@@ -113,5 +106,5 @@ def pack(model, learning=False):
     pack_head(model, learning)
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
-            if isinstance(layer, nn.Linear):
+            if isinstance(layer, nn.Linear) and layer.weight is not model.head_weight:
                 setattr(parent, name, Packed(layer.weight, layer.bias, learning))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model import LanguageModel
+from model import LanguageModel, widen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))        # bf16 is too coarse
+        wide = widen(x)
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)                                   # (B, T, C)
 
@@ -148,6 +148,10 @@ class Llama(LanguageModel):
     def word_embedding(self):
         return self.embed_tokens
 
+    @property
+    def head_weight(self):
+        return (self.lm_head or self.embed_tokens).weight                       # (V, C)
+
     def blocks(self):
         return list(self.layers)
 
@@ -171,6 +175,4 @@ class Llama(LanguageModel):
 
     def head(self, hidden):
         """Logits of hidden states (..., C) -> (..., V), by the word embedding where it is tied."""
-        if self.lm_head is None:
-            return F.linear(hidden, self.embed_tokens.weight)
-        return self.lm_head(hidden)
+        return self.head_product(hidden, self.head_weight)

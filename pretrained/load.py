@@ -14,7 +14,8 @@ from pretrained.checkpoint import load
 from pretrained.hub import NAMES, PACKAGES, fetch
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+          "fp64": torch.float64}
 
 
 def decide_device(device, dtype):
@@ -32,7 +33,9 @@ def decide_device(device, dtype):
         raise ValueError(f"got --device {name}, which PyTorch cannot use here (it sees "
                          f"{torch.cuda.device_count()} CUDA devices); use --device cpu") from error
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    because = "asked for" if dtype != "auto" else "fast here" if fast else "no fast bf16 known here"
+    because = ("asked for" if dtype != "auto" else "fast here" if fast else
+               "no fast bf16 on this GPU; --dtype fp16 may be faster" if device.type == "cuda" else
+               "no fast bf16 known here")
     dtype = ("bf16" if fast else "fp32") if dtype == "auto" else dtype
     print(f"device {device} ({why}), weights in {dtype} ({because})", file=sys.stderr)
     return device, DTYPES[dtype]

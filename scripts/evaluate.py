@@ -46,7 +46,7 @@ class Settings:
     batch_size: int = flag(16, "tables decoded at once", within=(1, inf))
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     dtype: str = flag("auto", "of the frozen weights; auto: bf16 on a GPU that has it, else fp32",
-                      choices=["auto", "fp32", "bf16", "fp64"])
+                      choices=["auto", "fp32", "bf16", "fp16", "fp64"])
 
 
 DECODING = ("num_beams", "length_penalty", "max_new_tokens", "min_new_tokens",

@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 import sample
 import train
@@ -132,6 +133,23 @@ def test_our_own_mistake_keeps_its_traceback():
     """Would catch a bug that hides as a tidy message."""
     with pytest.raises(KeyError):
         run_program(lambda: {}["missing"])
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore about it"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), MemoryError()])
+def test_out_of_memory_is_one_line_that_names_flags(capsys, error):
+    """Would catch: a traceback of a hundred lines in the place of what to do."""
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as caught:
+        run_program(main, "a smaller --batch-size")
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and err.startswith("error: out of memory (")
+    assert err.endswith("); try a smaller --batch-size\n") and err.count("\n") == 1
+    with pytest.raises(RuntimeError, match="size"):            # another is no such thing
+        run_program(lambda: torch.ones(2) @ torch.ones(3))
 
 
 # ---- whole files

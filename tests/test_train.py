@@ -13,7 +13,15 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, batch_of, some_pairs, some_prefix, some_trainer
+from conftest import (
+    ROOT,
+    batch_of,
+    random_bart,
+    random_gpt2,
+    some_pairs,
+    some_prefix,
+    some_trainer,
+)
 from torch.nn import functional as F
 
 import train
@@ -231,6 +239,66 @@ def test_frozen_weights_may_be_bf16_while_the_prefix_is_fp32(model):
     assert all(p.dtype == torch.float32 for p in trainer.learner.parameters())
     moved = (trainer.learner.table - before).abs()
     assert 0 < moved.max() < 1e-4   # steps of 1e-5: bf16 would have rounded them away
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bart"])
+def test_accumulated_batches_are_one_large_batch(kind):
+    """Losses and steps, also of a last batch that is smaller. Would catch: a mean of means, a loss
+    per batch, a clip or a step of the optimiser for each part.
+    """
+    if kind == "bart":
+        pytest.importorskip("bart.model", reason="the folder bart/ is not here")
+    pairs, found = some_pairs(12), []
+    for settings in (dict(batch_size=6), dict(batch_size=2, accumulate=3)):
+        trainer = some_trainer({"gpt2": random_gpt2, "bart": random_bart}[kind](), clip=0.5,
+                               **settings)
+        losses = [trainer.train_step(part).item() for part in (pairs[:6], pairs[6:11], pairs[11:])]
+        found.append([*losses, *(weight.detach() for weight in trainer.learner.parameters())])
+    for one, other in zip(*found, strict=True):
+        assert torch.as_tensor(one - other).abs().max() < 1e-9          # float64, added otherwise
+
+
+def test_a_run_of_accumulated_batches_has_the_steps_of_a_large_batch_and_resumes(task, tmp_path):
+    """Would catch: pairs that meet otherwise, an epoch that is as long as if nothing were
+    accumulated, a run that goes on elsewhere in the epoch.
+    """
+    task[task.index("--steps"):task.index("--steps") + 2] = ["--epochs", "2"]
+    train.main([*task, "--out", "large", "--batch-size", "8"])
+    parts = [*task, "--batch-size", "4", "--accumulate", "2"]
+    train.main([*parts, "--out", "whole"])
+    train.main([*parts, "--out", "parts", "--stop-at", "7"])
+    train.main(["--resume", "parts", "--device", "cpu"])
+    same_run(tmp_path / "whole", tmp_path / "parts")
+    large, whole = ([x["dev_loss"] for x in lines(tmp_path / run / "log.jsonl") if "dev_loss" in x]
+                    for run in ("large", "whole"))
+    assert len(large) > 3 and whole == pytest.approx(large, rel=1e-4)   # fp32, steps of 1e-2
+
+
+def test_fp16_keeps_small_gradients_by_a_loss_scale_and_drops_a_step_that_overflows():
+    """Would catch: gradients below 6e-8 that become 0, a scaled gradient that reaches the clip or
+    AdamW, a step of infinite gradients.
+    """
+    gradients = {}
+    for dtype, scaled in ((torch.float32, False), (torch.float16, False), (torch.float16, True)):
+        trainer = some_trainer(random_gpt2().to(dtype), clip=1e30, mid_dim=0)
+        trainer.learner.float()
+
+        def tiny(model, prefix, batch):
+            return 1e-6 * target_loss(model, prefix, batch)
+        trainer.loss = tiny
+        if not scaled:
+            trainer.scaler = torch.amp.GradScaler("cpu", enabled=False)
+        trainer.optimizer.zero_grad = lambda: None
+        trainer.train_step(some_pairs(4))
+        gradients[dtype, scaled] = trainer.learner.table.grad
+    exact = gradients[torch.float32, False].norm()
+    errors = {key: (gradient - gradients[torch.float32, False]).norm() / exact
+              for key, gradient in gradients.items()}
+    assert errors[torch.float16, True] < 0.02 < 0.2 < errors[torch.float16, False]
+    trainer.loss = lambda *inputs: 1e6 * target_loss(*inputs)   # times 2^16: infinite
+    before = trainer.learner.table.detach().clone()
+    trainer.train_step(some_pairs(4))
+    assert torch.equal(trainer.learner.table, before) and trainer.scaler.get_scale() < 2 ** 16
 
 
 # ---- runs on disk

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import importlib
 import io
 import math
 import signal
@@ -81,8 +82,15 @@ def parse(settings, argv, description, positional=None, notes=""):
     return found
 
 
-def run_program(main):
-    """Call `main()` as a program: a user's mistake is one line on stderr and exit status 2.
+def out_of_memory(error):
+    """Whether `error` says so: Python's own, or PyTorch's, which has a message for each device."""
+    words = "out of memory", "can't allocate memory", "not enough memory"
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
+
+
+def run_program(main, saving_flags="a smaller --batch-size"):
+    """Call `main()` as a program: a user's mistake is one line on stderr and exit status 2; so is a
+    lack of memory, with the flags that save some.
 
     Standard output is UTF-8, as every file is: another encoding may lack a letter of what is said
     after hours.
@@ -94,9 +102,24 @@ def run_program(main):
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        print(f"error: out of memory ({first}); try {saving_flags}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def optional_module(name, flags):
+    """The module `name` of a folder that may have been deleted; `flags` ask for it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"got {flags}, but there is no {name.split('.')[0]}/ here ({error}); "
+                         "leave it out") from error
 
 
 @contextlib.contextmanager

@@ -68,7 +68,6 @@ def attend(q, k, v, pk, pv, mask):
     # So low that the softmax makes it 0, but finite: a row of -inf alone would become NaN.
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     y = scores.softmax(-1).to(v.dtype) @ v                      # (B, H, T, D)
-    # A query that sees no key gets 0: set in y, not in the weights, which are larger.
     return y.masked_fill(~mask.any(3, keepdim=True), 0)         # (B, H, T, D)
 
 
@@ -88,7 +87,6 @@ class ExplicitAttention:
 
 
 # ---- what all models here share
-
 
 def position_ids(key_mask, T, tree=None):
     """The positions of the last T tokens: for each the number of keys that it sees in front of it.
@@ -158,11 +156,9 @@ class DecodingStart(typing.NamedTuple):
 
 
 class LanguageModel(nn.Module):
-    """What GPT-2 and every other model here have besides their layers.
-
-    All of them have `word_embedding`, `width`, `max_positions`, `empty_prefix`, `hidden_states`,
-    `head`, `blocks`, `prefix_from_tokens` and `start_decoding`, and no caller has to know which
-    model it is.
+    """What GPT-2 and every other model here have besides their layers. Each of them also has
+    `word_embedding`, `width`, `max_positions`, `empty_prefix`, `hidden_states`, `head` and `blocks`
+    of its own, and no caller has to know which model it is.
     """
     is_encoder_decoder = False
 
@@ -174,17 +170,9 @@ class LanguageModel(nn.Module):
         self.fingerprint = ""               # names these very weights; set where they are loaded
         self.generation_config = {}         # how the model's makers decode, under their names
 
-    @property
-    def device(self):
-        return self.word_embedding.weight.device
-
-    @property
-    def dtype(self):
-        return self.word_embedding.weight.dtype
-
-    @property
-    def head_weight(self):
-        return self.word_embedding.weight       # (V, C); a Llama may have another
+    device = property(lambda self: self.word_embedding.weight.device)
+    dtype = property(lambda self: self.word_embedding.weight.dtype)
+    head_weight = property(lambda self: self.word_embedding.weight)     # a Llama may have another
 
     def prefix_and_mask(self, prefix, n_layers, key_mask, T, causal, tree=None):
         """For each layer its keys and values, (2, 1 or B, H, P, D), and the attention's mask.
@@ -193,11 +181,11 @@ class LanguageModel(nn.Module):
         see the text alone, at the positions that it has anyway; nothing that learns comes into
         them, so they run without a graph, and the backward pass ends above them.
         """
-        mask = self.attention.mask(key_mask, T, causal, tree)
-        layers, below = [(part, mask) for part in prefix], n_layers - len(prefix)
+        mask, below = self.attention.mask(key_mask, T, causal, tree), n_layers - len(prefix)
+        layers = [(part, mask) for part in prefix]
         if below > 0:
-            text_alone = self.attention.mask(key_mask[:, prefix.size(4):], T, causal, tree)
-            layers = below * [(prefix[0, :, :, :, :0].detach(), text_alone)] + layers
+            mask = self.attention.mask(key_mask[:, prefix.size(4):], T, causal, tree)
+            layers = below * [(prefix[0, :, :, :, :0].detach(), mask)] + layers
         return layers
 
     def positions_and_layers(self, ids, prefix, key_mask, cache, tree):
@@ -216,8 +204,8 @@ class LanguageModel(nn.Module):
             raise ValueError(f"got a prefix of {n_prefix} and {keys - n_prefix} tokens; expected "
                              f"at most {self.max_positions} together, the positions of this model; "
                              "shorten one of them")
-        return positions, self.prefix_and_mask(prefix, len(self.blocks()), key_mask, ids.size(1),
-                                               True, tree)
+        n_layers, T = len(self.blocks()), ids.size(1)
+        return positions, self.prefix_and_mask(prefix, n_layers, key_mask, T, True, tree)
 
     @torch.no_grad()
     def prefix_from_tokens(self, ids):
@@ -256,7 +244,6 @@ class LanguageModel(nn.Module):
 
 
 # ---- GPT-2
-
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
@@ -325,9 +312,7 @@ class GPT2(LanguageModel):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
-    @property
-    def word_embedding(self):
-        return self.wte
+    word_embedding = property(lambda self: self.wte)
 
     def blocks(self):
         """The layers, each a function of the hidden states, from the lowest to the highest."""

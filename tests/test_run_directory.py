@@ -21,7 +21,7 @@ def write(folder, settings):
 @pytest.mark.parametrize("settings, other", [
     (OLDER, "fast, pack"), (OURS | {"beam": 5, "pack": "no"}, "beam, pack"),
     ({name: value for name, value in OURS.items() if name != "clip"}, "clip"),
-    ({"model": "tiny-gpt2"}, "attention, batch_size, clip, ")])
+    ({"model": "tiny-gpt2"}, "accumulate, attention, batch_size, clip, ")])
 def test_a_run_of_another_layout_is_not_resumed(tmp_path, capsys, settings, other):
     """Would catch: a TypeError, a setting that is dropped, or one that is guessed: the run would
     go on as another one.

@@ -95,6 +95,6 @@ def test_a_prefix_of_all_query_heads_is_refused(tmp_path, bytes_tokenizer):
     about = {"peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 5,
              "token_dim": 48, "num_layers": 3, "num_attention_heads": 6}
     (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(about))
-    with pytest.raises(ValueError, match="layers of width 48 with 6 heads; expected 3, 16 and 2"):
+    with pytest.raises(ValueError, match="'token_dim': 48, .*expected .*'token_dim': 16, "):
         convert.main(["--from-peft", str(tmp_path / "peft"), "--model", str(tmp_path / "llama"),
                       "--out", str(tmp_path / "run")])

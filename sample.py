@@ -9,10 +9,11 @@ Greedy, sampled or by beams, in batches of ragged prompts with prefixes of their
 computed once (a KV cache). Standard output carries the text and nothing else. Not here: how prompts
 are read (decoding/state.py), constraints and beam search (decoding/), scores (scripts/evaluate.py).
 """
+import contextlib
 import dataclasses
+import itertools
 import json
 import sys
-from math import inf
 from pathlib import Path
 
 import torch
@@ -93,10 +94,10 @@ class Settings:
     model: str = flag("", "without --run: the frozen model of this name, or in this directory")
     input: str = flag("", "a file with one source a line, or .jsonl with a \"source\" in each line")
     output: str = flag("", "write here, not to standard output; .jsonl keeps the sources too")
-    max_new_tokens: int = flag(None, "tokens to generate at most", kind=int, within=(1, inf),
+    max_new_tokens: int = flag(None, "tokens to generate at most", kind=int, within=(1, 100_000),
                                alias="max-new")
     min_new_tokens: int = flag(None, "tokens to generate before the end is allowed", kind=int,
-                               within=(0, inf), alias="min-new")
+                               within=(0, 100_000), alias="min-new")
     num_beams: int = flag(None, "texts kept alive in beam search; 1: greedy", kind=int,
                           within=(1, 1000), alias="beam")
     length_penalty: float = flag(None, "beams compete by log p / length ** this", kind=float,
@@ -106,17 +107,17 @@ class Settings:
                                         "now; never, if none can become better",
                                choices=["true", "false", "never"])
     no_repeat_ngram_size: int = flag(0, "this many tokens never follow each other twice, source "
-                                        "included; 0: they may", within=(0, inf),
+                                        "included; 0: they may", within=(0, 100_000),
                                      alias="no-repeat")
     ban: list = flag([], "text each of whose tokens is never generated (\" the\" and \"the\" are "
                          "two), repeatable; left out, for tables by name: line breaks")
     temperature: float = flag(0.0, "0: greedy; 1: sample from the model's distribution",
                               within=(0, 1000))
-    top_k: int = flag(0, "sample from the k likeliest tokens only; 0: from all", within=(0, inf))
+    top_k: int = flag(0, "sample from the k likeliest tokens only; 0: all", within=(0, 10 ** 6))
     top_p: float = flag(1.0, "sample from the likeliest tokens that together have this probability",
                         within=(1e-9, 1))
     seed: int = flag(101, "seed of the sampling", within=(0, 10 ** 12))
-    batch_size: int = flag(16, "sources decoded at once, with --input", within=(1, inf))
+    batch_size: int = flag(16, "sources decoded at once, with --input", within=(1, 100_000))
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     dtype: str = flag("auto", "of the frozen weights; auto: bf16 on a GPU that has it, else fp32",
                       choices=["auto", "fp32", "bf16", "fp16", "fp64"])
@@ -133,7 +134,7 @@ def resolve(args):
     settings = dataclasses.replace(args)
     if settings.temperature and settings.num_beams is None:
         settings.num_beams = 1
-    data = run_settings(settings.run[0])["data"] if settings.run else ""
+    data = run_settings(settings.run[0]).get("data", "") if settings.run else ""
     paper.fill_in(settings, paper.DECODING, data)
     settings.ban = settings.ban or paper.banned_after(data)
     if settings.num_beams > 1 and settings.temperature:
@@ -223,22 +224,19 @@ class Generator:
 
 def answer_file(generator, settings):
     """Decode every source of --input, in order; the output file appears when all are done."""
-    sources, runs = read_requests(Path(settings.input), settings.run)
-    texts, size = [], settings.batch_size
-    for i in tqdm(range(0, len(sources), size), unit="batch", disable=None):
-        several = runs[i:i + size] if len(settings.run) > 1 else None
-        texts += generator.generate(sources[i:i + size], several)
-    lines = "".join(" ".join(text.splitlines()) + "\n" for text in texts)      # a line for each
-    if Path(settings.output).suffix == ".jsonl":
-        rows = [{"source": source, "text": text} for source, text in zip(sources, texts)]
-        if len(settings.run) > 1:
-            rows = [row | {"run": run} for row, run in zip(rows, runs)]
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if not settings.output:
-        sys.stdout.write(lines)
-        return
-    with atomic_write(settings.output, "w") as file:
-        file.write(lines)
+    path, output, several = Path(settings.input), settings.output, len(settings.run) > 1
+    # Read twice, for no file is too long for memory, and a bad line is found before hours of work.
+    total = sum(1 for _ in read_requests(path, settings.run))
+    requests, bar = read_requests(path, settings.run), tqdm(total=total, unit="text", disable=None)
+    with bar, atomic_write(output, "w") if output else contextlib.nullcontext(sys.stdout) as file:
+        while batch := list(itertools.islice(requests, settings.batch_size)):
+            sources, runs = zip(*batch)
+            texts = generator.generate(sources, runs if several else None)
+            for source, run, text in zip(sources, runs, texts):
+                row = {"source": source, "text": text} | ({"run": run} if several else {})
+                file.write((json.dumps(row, ensure_ascii=False) if output.endswith(".jsonl") else
+                            " ".join(text.splitlines())) + "\n")                # a line for each
+            bar.update(len(batch))
 
 
 def main(argv=None):

@@ -12,12 +12,10 @@ same step (fast/), scores (scripts/evaluate.py).
 """
 import copy
 import dataclasses
-import hashlib
 import math
 import os
 import shlex
 import time
-from math import inf
 from pathlib import Path
 
 # While PyTorch's threads wait for each other they spin, which makes a small model several times
@@ -28,7 +26,7 @@ from tqdm import tqdm
 
 from data import paper, tasks
 from data.batches import count_labels, epoch_batches
-from data.pairs import dev_batches, encode_examples, load_examples, pairs_of, settings_for
+from data.pairs import dev_batches, digest, encode_examples, load_examples, pairs_of, settings_for
 from decoding.constraints import constraints_of
 from prefix import summarize_parameters, target_loss
 from pretrained import run_directory
@@ -48,41 +46,41 @@ class Settings:
                              "summarising, whose files you have to fetch")
     method: str = flag("prefix", "what learns", choices=list(paper.TRAINING))
     prefix_len: int = flag(None, "P, keys and values in front of every layer", kind=int,
-                           within=(1, inf))
+                           within=(1, 10_000))
     prefix_layers: str = flag("", "FIRST-LAST: a prefix in these upper layers only, numbered from "
                                   "0; left out: in all")
     prefixes: str = flag("", "BART's places and, after =, their lengths where it is not "
                              "--prefix-len: encoder,decoder,cross=20; left out: all three")
     mid_dim: int = flag(None, "hidden width of the MLP in front of the prefix; 0: no MLP; left "
-                              "out: 512, for summarising 800", kind=int, within=(0, inf))
+                              "out: 512, for summarising 800", kind=int, within=(0, 10_000))
     init: str = flag("random", "start from N(0, 1), from U(0, 1), or from the keys and values of "
                                "real words", choices=["random", "uniform", "words"])
     init_text: str = flag("table-to-text:", "the words of --init words; P is their length")
     start_from: str = flag("", "start from the prefix of this run, of train.py or of PEFT's: "
                                "exactly with --mid-dim 0, else an MLP is fitted to it")
     examples: int = flag(0, "learn from this many sources, drawn by the seed; 0: from all",
-                         within=(0, inf))
+                         within=(0, 10 ** 9))
     max_source: int = flag(None, "BART's sources are cut to this many tokens; left out: 512",
-                           kind=int, within=(3, inf))
+                           kind=int, within=(3, 100_000))
     max_target: int = flag(None, "BART's targets are cut to this many tokens; left out: 60",
-                           kind=int, within=(3, inf))
+                           kind=int, within=(3, 100_000))
     lr: float = flag(None, "highest learning rate", kind=float, within=(1e-12, 1e30),
                      alias="learning-rate")
-    epochs: int = flag(None, "times that every pair is seen", kind=int, within=(1, inf))
+    epochs: int = flag(None, "times that every pair is seen", kind=int, within=(1, 10 ** 9))
     steps: int = flag(None, "steps of the optimiser, in place of epochs", kind=int,
-                      within=(1, inf))
+                      within=(1, 10 ** 9))
     warmup: int = flag(0, "steps in which the lr rises; then it falls to 0 in a line",
-                       within=(0, inf), alias="warmup-steps")
-    batch_size: int = flag(None, "pairs in a batch", kind=int, within=(1, inf))
+                       within=(0, 10 ** 9), alias="warmup-steps")
+    batch_size: int = flag(None, "pairs in a batch", kind=int, within=(1, 100_000))
     accumulate: int = flag(1, "batches in a step: it is that of a batch so many times larger, in "
-                              "the memory of one", within=(1, inf),
+                              "the memory of one", within=(1, 100_000),
                            alias="gradient-accumulation-steps")
     clip: float = flag(1.0, "longest gradient; longer ones are scaled down", within=(1e-12, 1e30),
                        alias="max-grad-norm")
     weight_decay: float = flag(0.0, "AdamW's, on what learns", within=(0, 100))
     dev_every: int = flag(0, "steps between two evaluations on the dev set; 0: a tenth of the run",
-                          within=(0, inf))
-    dev_pairs: int = flag(500, "pairs of the dev set, a fixed sample; 0: all", within=(0, inf))
+                          within=(0, 10 ** 9))
+    dev_pairs: int = flag(500, "pairs of the dev set, a fixed sample; 0: all", within=(0, 10 ** 9))
     seed: int = flag(101, "of the prefix, the order of the data and the choice of examples",
                      within=(0, 10 ** 12))
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
@@ -98,12 +96,13 @@ class Settings:
                                 "compiler, on a GPU triton too, and minutes at the start")
     gradient_checkpointing: bool = flag(False, "less memory for more work: compute each block "
                                                "again on the way back")
-    share_source: int = flag(0, "so many targets of a source meet in a batch, and what texts begin "
-                                "with is computed once; 0: pairs meet at random", within=(0, inf))
+    share_source: int = flag(0, "so many targets of a source meet in a batch, their common "
+                                "beginnings computed once; 0: pairs meet at random",
+                             within=(0, 10_000))
     out: str = flag("", "directory of the run; left out: out/MODEL-DATA")
     resume: str = flag("", "directory of a run to continue; its own settings are used")
     stop_at: int = flag(0, "stop after this step as Ctrl-C would, to be resumed; 0: at the end",
-                        within=(0, inf))
+                        within=(0, 10 ** 9))
 
     given = frozenset()         # no flag: which of them the command line has, where there is one
 
@@ -177,7 +176,7 @@ class Trainer:
                                            eps=1e-8, weight_decay=settings.weight_decay)
         half = model.dtype == torch.float16     # gradients below 6e-8 would be lost: computed times
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=half)     # 2^16 or less
-        self.step, self.best_loss, self.first_loss = 0, inf, None   # steps done; dev losses
+        self.step, self.best_loss, self.first_loss = 0, math.inf, None      # steps done; dev losses
 
     def learning_rate(self):
         """Up in a line for --warmup steps, then down in a line, to 0 after the last step."""
@@ -320,6 +319,7 @@ def main(argv=None):
     if start is not None:
         settings = dataclasses.replace(settings, **flags_of(start, model, settings))
     pairs, dev = encode_examples(*examples, settings, model, tokenizer)
+    del examples                    # as text they take several times the memory of their tokens
     learner = make_learner(settings, model, start)
     size = settings.batch_size * settings.accumulate
     steps = settings.steps or settings.epochs * math.ceil(len(pairs) / size)
@@ -329,8 +329,8 @@ def main(argv=None):
           f"{len(dev):,} dev pairs; {steps:,} steps of {size} -> {settings.out}")
     make_forms = forms.training_forms if forms else plain_forms
     loss, collate, batches = make_forms(settings, model, dev, max(16, settings.batch_size))
-    data = hashlib.sha256(repr([(p.ids, p.start) for p in pairs + dev]).encode()).hexdigest()
-    trainer = Trainer(settings, model, learner, pairs, batches, loss, collate, data)
+    trainer = Trainer(settings, model, learner, pairs, batches, loss, collate,
+                      digest(pairs, dev))
     if settings.resume:
         trainer.restore()
     else:

@@ -3,6 +3,8 @@
 Not here: from text to tokens and to a batch, which depends on the kind of model (pairs.py), what is
 learned from a batch (prefix.py). Letters as in model.py.
 """
+import array
+import collections
 import dataclasses
 import itertools
 import typing
@@ -15,6 +17,28 @@ class Pair:
     """A source and a target as tokens. The loss is taken on ids[start:], target and end."""
     ids: list[int]
     start: int
+
+
+class Pairs(collections.abc.Sequence):
+    """Many `Pair`s in little memory: all tokens in one array, 4 bytes each, where lists need 36."""
+
+    def __init__(self):
+        self.tokens, self.ends, self.starts = array.array("i"), array.array("q"), array.array("i")
+
+    def append(self, ids, start):
+        """Add a Pair."""
+        self.tokens.fromlist(ids)
+        self.ends.append(len(self.tokens))
+        self.starts.append(start)
+
+    def __len__(self):
+        return len(self.starts)
+
+    def __getitem__(self, i):
+        i = range(len(self))[i]                 # counted from the end, too, and a slice of them
+        if isinstance(i, range):
+            return [self[j] for j in i]
+        return Pair(self.tokens[self.ends[i - 1] if i else 0:self.ends[i]].tolist(), self.starts[i])
 
 
 class Batch(typing.NamedTuple):

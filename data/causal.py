@@ -4,7 +4,7 @@ From examples to `Pair`s of tokens, from pairs to a `Batch` of tensors, padded b
 prompt to decode from. seq2seq.py has the same functions for an encoder-decoder;
 `pairs.pairs_of(model)` says which of the two a model needs. Letters as in model.py.
 """
-from data.batches import Batch, Pair, label_tensors
+from data.batches import Batch, Pairs, label_tensors
 from model import pad
 
 
@@ -25,14 +25,14 @@ def cut_source(ids, excess):
 
 
 def encode(examples, tokenizer, limit):
-    """Every (source, reference) of `examples` as a Pair of at most `limit` tokens, and a note.
+    """Every (source, reference) of `examples` as a pair of at most `limit` tokens, and a note.
 
     The rule for a pair that is too long: the source loses its last tokens; where not one of them
     would be left, or the target alone is too long, the pair is refused. Returns (pairs, note); the
     note says how many were cut and refused, and is empty when none was. Raises ValueError when no
     pair is left.
     """
-    pairs, cut, refused = [], 0, 0
+    pairs, cut, refused = Pairs(), 0, 0
     for example in examples:
         source = tokenizer.source_ids(example.source)
         for text in example.targets:
@@ -43,7 +43,7 @@ def encode(examples, tokenizer, limit):
                 refused += 1
                 continue
             cut += excess > 0
-            pairs.append(Pair(prompt + target, len(prompt)))
+            pairs.append(prompt + target, len(prompt))
     if not pairs:
         raise ValueError(f"got {refused} pairs, every one with a target too long for {limit} "
                          "tokens; expected one that fits; shorten the targets or the prefix")

@@ -8,9 +8,12 @@ import sys
 from dataclasses import dataclass
 
 LONGEST_BLANK = 100_000         # in characters; a million before a word are too many for tiktoken
+# Of the texts of one split, with 400 for what else Python keeps of an example: all are in memory
+# until they are tokens.
+MOST_CHARACTERS = 4 << 30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     source: str
     targets: tuple[str, ...]        # several references; training takes each as a pair of its own
@@ -44,7 +47,7 @@ def check_text(text, what, where):
 
 def examples(rows):
     """An Example for each of a reader's `rows`; a ValueError for what is no text in one."""
-    found = []
+    found, size = [], 0
     for where, source, targets, topic in rows:
         if not targets:
             raise ValueError(f"{where}: got no target, expected one or more; mend or delete it")
@@ -53,6 +56,10 @@ def examples(rows):
             check_text(text, "target", where)
         if topic not in ("", None):
             check_text(topic, "topic", where)
+        size += 400 + len(source) + sum(map(len, targets))
+        if size > MOST_CHARACTERS:
+            raise ValueError(f"{where}: got more than {MOST_CHARACTERS >> 30} GB of text in one "
+                             "split, expected less; learn from fewer lines")
         found.append(Example(source, tuple(targets), topic or ""))
     return found
 

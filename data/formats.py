@@ -17,6 +17,7 @@ from pathlib import Path
 
 from data.example import check_text, short
 
+LARGEST = 256 << 20     # bytes, unpacked, of a line, or of a file that is one document
 # What packed files begin with, and what unpacks them.
 PACKED = {b"PK\x03\x04": "unzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"(\xb5/\xfd": "unzstd"}
 
@@ -25,35 +26,71 @@ def find(folder, names):
     """The first of `names`, plain or gzipped, in `folder`; a directory counts if it holds XML."""
     for name in names:
         for path in (folder / name, folder / f"{name}.gz"):
-            if path.is_file() or path.is_dir() and any(path.rglob("*.xml")):
+            if path.exists() and (not path.is_dir() or any(path.rglob("*.xml"))):
                 return path
     return None
 
 
-def read_text(path):
-    """The text of a file, unpacked where it is gzip, whatever its name says."""
+def raw_lines(path):
+    """The lines of a file as bytes, unpacked where it is gzip, whatever its name says; in memory is
+    one at a time.
+    """
+    # A pipe may wait for ever, and /dev/zero never ends.
+    if not Path(path).is_file() and Path(path).exists():
+        raise ValueError(f"got {path}, which cannot be read (no plain file); expected a file; "
+                         "write what it gives to one first")
     try:
-        raw = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            start = file.read(6)
+            file.seek(0)
+            for first, command in PACKED.items():
+                if start.startswith(first):
+                    raise ValueError(f"{path}: got a packed file, expected a plain or a gzip one; "
+                                     f"unpack it with `{command}`")
+            packed = start[:2] == b"\x1f\x8b"              # the two bytes that open a gzip file
+            with gzip.open(file) if packed else file as lines:
+                while line := lines.readline(LARGEST + 1):
+                    yield line
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: got a damaged gzip file ({error}), expected a whole one; copy "
+                         "or download it again") from error
     except OSError as error:
         raise ValueError(f"got {path}, which cannot be read ({error.strerror}); expected a file; "
                          "correct the name") from error
-    if raw[:2] == b"\x1f\x8b":                              # the two bytes that open a gzip file
+
+
+def text_lines(path):
+    """The lines of a file as text, each with its "\n", without the byte order mark and the line
+    ends of some editors.
+    """
+    for number, line in enumerate(raw_lines(path), 1):
+        check_size(len(line), f"{path}, line {number}")
         try:
-            raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}: got a damaged gzip file ({error}), expected a whole one; "
-                             "copy or download it again") from error
-    for start, command in PACKED.items():
-        if raw.startswith(start):
-            raise ValueError(f"{path}: got a packed file, expected a plain or a gzip one; unpack "
-                             f"it with `{command}`")
-    try:        # without the byte order mark and the line ends of some editors
-        return raw.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        other = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
-        raise ValueError(f"{path}, line {line}: got the byte {raw[error.start]:#04x}, expected "
-                         f"UTF-8; convert the file, as with `iconv -f {other} -t utf-8`") from error
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            utf16 = number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff")
+            raise ValueError(f"{path}, line {number}: got the byte {line[error.start]:#04x}, "
+                             "expected UTF-8; convert the file, as with `iconv -f "
+                             f"{'utf-16' if utf16 else 'latin1'} -t utf-8`") from error
+        text = text.removeprefix("\ufeff") if number == 1 else text
+        yield f"{text[:-2]}\n" if text.endswith("\r\n") else text
+
+
+def check_size(size, where):
+    """Raise ValueError for a line or a document that is too long to be one."""
+    if size > LARGEST:
+        raise ValueError(f"{where}: got more than {LARGEST >> 20} MB in one piece, expected less; "
+                         "cut it into lines or into several files")
+
+
+def read_text(path):
+    """The text of a file that is one document."""
+    lines, size = [], 0
+    for line in text_lines(path):
+        lines.append(line)
+        size += len(line)
+        check_size(size, path)
+    return "".join(lines)
 
 
 def parse_json(text, path, line=1):
@@ -73,7 +110,7 @@ def json_lines(path):
 
     Split at newlines only: str.splitlines would also cut at U+2028 and others inside a text.
     """
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(text_lines(path), 1):
         if line.strip():
             yield f"{path}, line {number}", parse_json(line, path, number)
 
@@ -146,7 +183,8 @@ def read_e2e(path):
 
 def checked_triples(triples, where):
     """`triples`, each of three texts: subject, relation, object."""
-    if not triples or not all(isinstance(t, (list, tuple)) and len(t) == 3 for t in triples):
+    if not isinstance(triples, list) or not triples or not all(
+            isinstance(t, (list, tuple)) and len(t) == 3 for t in triples):
         raise ValueError(f"{where}: got the triples {short(triples)}, expected subject, relation, "
                          "object of each; take the official file")
     for part in (part for triple in triples for part in triple):
@@ -231,10 +269,8 @@ def read_dart(path):
 
 def json_objects(path, need):
     """(where, object) for every line of a JSONL file; each has the keys in `need`."""
-    lines = list(json_lines(path))
-    if not lines:
-        raise ValueError(f"{path}: got an empty file, expected one JSON object a line")
-    for where, row in lines:
+    row = None
+    for where, row in json_lines(path):
         if not isinstance(row, dict) or not set(need) <= row.keys():
             got = (f"the keys {short(list(row))}" if isinstance(row, dict) else
                    f"a {type(row).__name__}, {short(row)}")
@@ -242,6 +278,8 @@ def json_objects(path, need):
                              + " and ".join(f'"{key}"' for key in need)
                              + " on each line; rename or add what is missing")
         yield where, row
+    if row is None:
+        raise ValueError(f"{path}: got an empty file, expected one JSON object a line")
 
 
 def as_list(value):

@@ -4,7 +4,11 @@ Both modules have the same functions: `token_limit`, `encode`, `collate`, `promp
 `prompt`.
 """
 import dataclasses
+import hashlib
+import itertools
 import random
+
+from tqdm import tqdm
 
 from data import causal, seq2seq, tasks
 
@@ -22,8 +26,7 @@ def dev_batches(pairs, batch_size, model):
 
 def load_examples(settings):
     """(train, dev): the Examples to learn from and those of the dev set, by train.py's settings."""
-    train, dev = (tasks.load(settings.data, split, settings.data_dir or None)
-                  for split in ("train", "dev"))
+    train, dev = tasks.train_and_dev(settings.data, settings.data_dir or None)
     if settings.examples > len(train):
         raise ValueError(f"got --examples {settings.examples}; expected at most {len(train)}, the "
                          f"sources of {settings.data}")
@@ -51,7 +54,8 @@ def encode_examples(train, dev, settings, model, tokenizer):
     limit = kind.token_limit(model, settings.prefix_len or 0, settings.max_source,
                              settings.max_target)
     for split, examples in (("train", train), ("dev", dev)):
-        encoded, note = kind.encode(examples, tokenizer, limit)
+        bar = tqdm(examples, f"{split} as tokens", unit="example", disable=None, leave=False)
+        encoded, note = kind.encode(bar, tokenizer, limit)
         pairs.append(encoded)
         if note:
             print(f"{split}: {note}")
@@ -59,3 +63,13 @@ def encode_examples(train, dev, settings, model, tokenizer):
         # Not the first ones: files are sorted by name. Not by --seed: runs are to be comparable.
         pairs[1] = random.Random(0).sample(pairs[1], settings.dev_pairs)
     return pairs
+
+
+def digest(train, dev):
+    """A name of exactly these pairs: SHA-256 of how Python writes the list of all (ids, start)."""
+    found, comma = hashlib.sha256(b"["), ""
+    for pair in itertools.chain(train, dev):        # one by one, for all is a long text
+        found.update(f"{comma}{(pair.ids, pair.start)}".encode())
+        comma = ", "
+    found.update(b"]")
+    return found.hexdigest()

@@ -19,21 +19,33 @@ def find_run(name, runs, where):
     return fits[0]
 
 
+def plain_lines(path):
+    """(where, line) of a text file, without the blank lines and the white space at its end."""
+    held = skipped = None           # the newest line that counts, the first blank one after it
+    for number, line in enumerate(formats.text_lines(path), 1):
+        here = f"{path}, line {number}", line.removesuffix("\n")
+        if held and not line.strip():
+            skipped = skipped or here
+            continue
+        yield from filter(None, (held, skipped))
+        held, skipped = here, None
+    where, line = held or (f"{path}, line 1", "")
+    yield where, line.rstrip()
+
+
 def read_requests(path, runs):
-    """The sources of a file, and which run answers each: its lines, or the "source" (and "run") of
-    each line where it is JSON lines. Raises ValueError for a line that is no source.
+    """(source, the run that answers it) of a file, one after the other: of its lines, or of the
+    "source" and "run" of each line where it is JSON lines. Raises ValueError for a line that is no
+    source: left out, a blank one would shift all texts after it.
     """
     if path.name.removesuffix(".gz").endswith(".jsonl"):
-        rows = list(formats.json_objects(path, ("source",)))
-        sources = [(where, row["source"]) for where, row in rows]
-        named = [find_run(row.get("run"), runs, where) for where, row in rows]
+        rows = ((where, row["source"], find_run(row.get("run"), runs, where))
+                for where, row in formats.json_objects(path, ("source",)))
     elif len(runs) > 1:
         raise ValueError(f"got --input {path} and several --run; expected a .jsonl file whose "
                          'lines name their run, {"source": ..., "run": ...}')
     else:
-        lines = formats.read_text(path).rstrip().split("\n")
-        sources = [(f"{path}, line {number}", line) for number, line in enumerate(lines, 1)]
-        named = runs * len(lines)
-    for where, source in sources:       # dropped, a blank one would shift all texts after it
+        rows = ((where, line, "".join(runs)) for where, line in plain_lines(path))
+    for where, source, run in rows:
         check_text(source, "source", where)
-    return [source for _, source in sources], named
+        yield source, run

@@ -2,7 +2,7 @@
 
 The same functions as in causal.py, for BART. Letters as in model.py.
 """
-from data.batches import Batch, Pair, label_tensors
+from data.batches import Batch, Pair, Pairs, label_tensors
 from model import pad
 
 MAX_SOURCE, MAX_TARGET = 512, 60        # tokens, of the paper (its code: 1024, 60)
@@ -19,7 +19,7 @@ def encode(examples, tokenizer, limit):
     limit: (tokens of a source, tokens of a target). Both lose what is too much before their </s>,
     as in the official code.
     """
-    pairs, cut = [], [0, 0]
+    pairs, cut = Pairs(), [0, 0]
     for example in examples:
         source = tokenizer.source_ids(example.source)
         for text in example.targets:
@@ -28,7 +28,7 @@ def encode(examples, tokenizer, limit):
                 if len(ids) > longest:
                     both[side] = ids[:longest - 1] + ids[-1:]
                     cut[side] += 1
-            pairs.append(Pair(both[0] + both[1], len(both[0])))
+            pairs.append(both[0] + both[1], len(both[0]))
     if cut == [0, 0]:
         return pairs, ""
     return pairs, (f"of {len(pairs)} pairs {cut[0]} had their source cut to {limit[0]} tokens, "

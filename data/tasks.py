@@ -96,31 +96,56 @@ def official_file(name, split, data_dir):
                      "--data-dir out")
 
 
-def jsonl_split(path, split, seed):
-    """The Examples of one split of your own file, say my.jsonl.
+def is_own(name):
+    """Whether `name` is the path of your own file."""
+    return name.removesuffix(".gz").endswith(".jsonl")
 
-    test is my.test.jsonl beside it. dev is my.dev.jsonl beside it; where there is none, a tenth of
-    the distinct sources of my.jsonl (at least 1, at most 500) is held out of train, chosen by a
-    hash of the source: the order of the lines does not matter, and lines with the same source are
-    never on both sides.
+
+def stem_of(path):
+    """The path of your own file without its endings."""
+    return path.name.removesuffix(".gz").removesuffix(".jsonl")
+
+
+def held_out(found, path, seed):
+    """The sources of your own file `path` that are its dev: a tenth, at least 1, at most 500.
+
+    Chosen by a hash of the source: the order of the lines does not matter, and lines with the same
+    source are never on both sides.
     """
-    stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
-    beside = {part: formats.find(path.parent, (f"{stem}.{part}.jsonl",))
-              for part in ("dev", "test")}
-    own = beside.get(split)
-    if split == "test" and not own:
-        raise ValueError(f"got no test split for {path}, expected {stem}.test.jsonl beside it; put "
-                         "it there, or choose the split dev")
-    found = gather(examples(formats.read_jsonl(own or path)))
-    if own or beside["dev"]:
-        return found
     sources = sorted({example.source for example in found},
                      key=lambda source: hashlib.sha256(f"{seed} {source}".encode()).digest())
     if len(sources) == 1:
         raise ValueError(f"{path}: got one distinct source, expected two, so that one can be held "
-                         f"out for dev; add lines, or put {stem}.dev.jsonl beside it")
-    held_out = set(sources[:min(500, max(1, len(sources) // 10))])
-    return [example for example in found if (example.source in held_out) == (split == "dev")]
+                         f"out for dev; add lines, or put {stem_of(path)}.dev.jsonl beside it")
+    return set(sources[:min(500, max(1, len(sources) // 10))])
+
+
+def own_splits(path, splits, seed):
+    """The Examples of each of `splits` of your own file, say my.jsonl, which is read once.
+
+    test is my.test.jsonl beside it. dev is my.dev.jsonl beside it; where there is none, it is what
+    `held_out` says, and not in train.
+    """
+    beside = {part: formats.find(path.parent, (f"{stem_of(path)}.{part}.jsonl",))
+              for part in ("dev", "test")}
+    if not path.is_file():
+        raise ValueError(f"got {path}, which is no file, expected JSONL; check the path")
+    if "test" in splits and not beside["test"]:
+        raise ValueError(f"got no test split for {path}, expected {stem_of(path)}.test.jsonl "
+                         "beside it; put it there, or choose the split dev")
+    files = {split: beside.get(split) or path for split in splits}
+    found = {file: gather(examples(formats.read_jsonl(file)))
+             for file in dict.fromkeys(files.values())}
+    dev = set() if beside["dev"] or path not in found else held_out(found[path], path, seed)
+    return [[e for e in found[file] if file != path or (e.source in dev) == (split == "dev")]
+            for split, file in files.items()]
+
+
+def train_and_dev(name, data_dir=None, seed=0):
+    """`load` of both splits."""
+    if is_own(name):
+        return own_splits(Path(name), ("train", "dev"), seed)
+    return [load(name, split, data_dir, seed) for split in ("train", "dev")]
 
 
 def load(name, split, data_dir=None, seed=0):
@@ -144,11 +169,8 @@ def load(name, split, data_dir=None, seed=0):
         return [example for part in parts for example in tables.task(style, part, seed=seed)]
     if split not in SPLITS:
         raise ValueError(f"got the split {split!r}, expected one of {guess(split, SPLITS)}")
-    if name.removesuffix(".gz").endswith(".jsonl"):
-        path = Path(name)
-        if not path.is_file():
-            raise ValueError(f"got {name}, which is no file, expected JSONL; check the path")
-        found = jsonl_split(path, split, seed)
+    if is_own(name):
+        path, (found,) = Path(name), own_splits(Path(name), (split,), seed)
     elif name in summaries.NAMES:
         path, rows = data_dir, summaries.rows_of(name, split, data_dir)
         found = examples(rows if name == "dialogsum" else without_blanks(rows, path))

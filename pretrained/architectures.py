@@ -4,6 +4,7 @@ For each: its config, its class, the class of its prefix, and how a Hugging Face
 differs from our state dict. A model is imported when it is needed: a run of GPT-2 never loads
 bart/. Another model is another function and another line in ARCHITECTURES.
 """
+import dataclasses
 import typing
 
 from model import GPT2, GPT2Config
@@ -96,7 +97,7 @@ ARCHITECTURES = {"gpt2": gpt2, "bart": bart, "llama": llama}
 
 def architecture(name):
     """The `Architecture` of that name. Raises ValueError for one that is not here."""
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ValueError(f"got model_type {name!r}; expected one of {', '.join(ARCHITECTURES)}; "
                          "choose a checkpoint of these")
     try:
@@ -104,6 +105,26 @@ def architecture(name):
     except ImportError as error:            # its folder was deleted
         raise ValueError(f"got model_type {name!r}, but there is no {error.name} here; expected "
                          "the folder of that model; restore it") from error
+
+
+def check_config(config, path):
+    """Raise ValueError unless each number of a model's `config`, read from the file `path`, is of
+    its type and of a size that a model may have: a layer that is made takes memory before a weight
+    does.
+    """
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), field.name
+        token = name.endswith("_token_id")                          # 0 is one, too
+        low, high = {bool: (False, True), float: (1e-30, 1e30), int: (1, 10 ** 7)}[field.type]
+        if token:
+            low, high = 0, config.vocab_size - 1
+        elif "layer" in name and field.type is int:
+            high = 1000
+        if type(value) is not field.type or not low <= value <= high:
+            raise ValueError(f"got {path} with {name} = {value!r:.60}; expected a "
+                             + ("token of its vocabulary" if token else "bool" if field.type is bool
+                                else f"positive {field.type.__name__}, at most {high:,}")
+                             + "; correct it or download it again")
 
 
 def parse_layers(text, model):

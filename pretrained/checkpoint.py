@@ -6,6 +6,7 @@ people's files (hugging_face.py).
 """
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from pretrained.architectures import architecture
+from pretrained.architectures import architecture, check_config
 from utils.files import atomic_write
 
 # What reading a file that is damaged, or is something else, can raise.
@@ -73,7 +74,12 @@ def load(directory, device="cpu", dtype=torch.float32):
     try:
         about = json.loads((directory / "config.json").read_text("utf-8"))
         classes, mark = architecture(about["architecture"]), about["fingerprint"]
-        config = classes.config(**about["config"])
+        config, generation = classes.config(**about["config"]), about.get("generation_config", {})
+        check_config(config, directory / "config.json")
+        for token in itertools.chain(*(value if isinstance(value, list) else [value]
+                                       for value in generation.values())):
+            if type(token) is not int or not 0 <= token < config.vocab_size:
+                raise ValueError(f"its generation_config has the token {token!r:.60}")
         state = torch.load(directory / "model.pt", map_location="cpu", weights_only=True)
         with torch.device("meta"):         # no numbers yet: they come from the file, without a copy
             model = classes.model(config)
@@ -87,7 +93,7 @@ def load(directory, device="cpu", dtype=torch.float32):
         raise ValueError(f"got {directory}, whose files do not fit ({describe(error)}); expected "
                          "what `python -m pretrained.convert` writes; make it again") from error
     model.fingerprint = mark
-    model.generation_config = about.get("generation_config", {})
+    model.generation_config = generation
     model = model.to(device, dtype).requires_grad_(False).eval()
     check_finite(model.state_dict(), directory)
     return model

@@ -17,7 +17,7 @@ import torch
 
 from data.tokenizer import read_vocab
 from model import GPT2
-from pretrained.architectures import architecture
+from pretrained.architectures import architecture, check_config
 from pretrained.checkpoint import check_finite, save
 from utils.files import atomic_write
 
@@ -32,7 +32,7 @@ def read_object(path):
     """The JSON object in a file."""
     try:
         return dict(json.loads(path.read_text("utf-8")).items())
-    except (ValueError, AttributeError) as error:       # not JSON; JSON, but not an object
+    except (ValueError, AttributeError, RecursionError) as error:       # not JSON, or no object
         raise ValueError(f"got {path}, which is damaged ({error}); expected a JSON object; delete "
                          "it and download it again") from error
 
@@ -59,8 +59,11 @@ def generation_config(both, vocab_size, path):
     kept = {}
     for name in GENERATION:
         value = both.get(name)
-        tokens = [token for token in (value if isinstance(value, list) else [value])
-                  if type(token) is int and 0 <= token < vocab_size]
+        listed = value if isinstance(value, list) else [value]
+        tokens = [token for token in listed if type(token) is int and 0 <= token < vocab_size]
+        if value is not None and not (listed and all(type(token) is int for token in listed)):
+            raise ValueError(f"got {path} with {name} = {value!r:.60}; expected a token below "
+                             f"{vocab_size}; correct it there or in generation_config.json")
         if name in FORCED and value is not None and tokens != [value]:
             raise ValueError(f"got {path} with {name} = {value!r}; expected a token below "
                              f"{vocab_size}; correct it there or in generation_config.json")
@@ -86,17 +89,10 @@ def our_config(theirs, path):
     ours = {}
     for field in dataclasses.fields(classes.config):
         value = theirs.get(field.name)
-        if field.type is float and type(value) is int:
-            value = float(value)
-        token = field.name.endswith("_token_id")                # 0 is one, too
-        if type(value) is not field.type or (not 0 <= value < ours["vocab_size"] if token else
-                                             field.type is not bool and value <= 0):
-            raise ValueError(f"got {path} with {field.name} = {value!r}; expected a "
-                             + ("token of its vocabulary" if token else
-                                f"positive {field.type.__name__}")
-                             + "; correct it or download it again")
-        ours[field.name] = value
-    return classes.config(**ours), classes
+        ours[field.name] = float(value) if field.type is float and type(value) is int else value
+    config = classes.config(**ours)
+    check_config(config, path)
+    return config, classes
 
 
 def weight_files(directory):
@@ -114,11 +110,11 @@ def weight_files(directory):
             return [directory / name]
         if index.exists():
             try:
-                shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+                names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+                return [directory / shard for shard in sorted(names)]
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"got {index}, which is damaged ({error!r}); expected a "
                                  "weight_map; delete it and download it again") from error
-            return [directory / shard for shard in shards]
     raise ValueError(f"got {directory}, which has no weights; expected model.safetensors or "
                      "pytorch_model.bin; download one of them from the model's page")
 

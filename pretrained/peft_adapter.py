@@ -74,6 +74,8 @@ def read_config(directory):
     try:
         about = json.loads(path.read_text("utf-8"))
         kind, task = about["peft_type"], about["task_type"]
+        if not isinstance(about.get("base_model_name_or_path"), (str, type(None))):
+            raise TypeError("its base_model_name_or_path is no text")
     except UNREADABLE as error:
         raise ValueError(f"got {directory}, which is no adapter of peft ({describe(error)}); "
                          "expected adapter_config.json and adapter_model.safetensors; give the "

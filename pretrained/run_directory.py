@@ -19,10 +19,13 @@ import torch
 from prefix import tensors_of
 from pretrained.checkpoint import UNREADABLE, check_finite, describe, load, save
 from pretrained.load import load_model
+from utils.cli import check
 from utils.files import atomic_write
 
 FORMAT = "prefix-tuning 1"
 HERE = Path(__file__).parent
+# The settings of a run that other programs read, with their types.
+READ = {"model": (str,), "data": (str,), "data_dir": (str,), "max_source": (int, type(None))}
 
 
 # ---- a prefix
@@ -79,12 +82,14 @@ def run_settings(directory):
     path = Path(directory) / "config.json"
     try:
         settings = json.loads(path.read_text("utf-8"))["settings"]
-        if not isinstance(settings["model"], str):
-            raise TypeError("its model is no text")
+        # The other settings are only compared or shown; those of a run that goes on: `check`.
+        for name, kinds in READ.items():
+            if (name in settings or name == "model") and not isinstance(settings[name], kinds):
+                raise TypeError(f"its {name} is {settings[name]!r:.60}")
         return settings
     except UNREADABLE as error:
-        raise ValueError(f"got {directory}, which is no run ({type(error).__name__}); expected the "
-                         "config.json that train.py writes in it; look into out/") from error
+        raise ValueError(f"got {directory}, which is no run ({describe(error)[:120]}); expected "
+                         "the config.json that train.py writes in it; look into out/") from error
 
 
 def resumed_settings(args):
@@ -103,6 +108,7 @@ def resumed_settings(args):
         raise ValueError(f"got {args.resume}, whose config.json has other settings "
                          f"({', '.join(other)}); expected those of this version of train.py; start "
                          "a new run")
+    check(type(args)(**theirs), lambda name: f"{args.resume}/config.json with {name} =")
     return dataclasses.replace(type(args)(**theirs), resume=args.resume, out=args.resume,
                                device=args.device, stop_at=args.stop_at)
 

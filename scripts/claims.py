@@ -17,7 +17,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-from math import inf
 from pathlib import Path
 
 import torch
@@ -50,13 +49,14 @@ class Settings:
     references: str = flag("varied", "of the training tables: three writers', or one writer's in "
                                      "the usual words", choices=["varied", "one"])
     styles: list = flag([], "near, hard; repeatable; none given: both")
-    sizes: list = flag([], "numbers of training tables, repeatable; none given: all", kind=int)
+    sizes: list = flag([], "numbers of training tables, repeatable; none given: all", kind=int,
+                       within=(1, 10 ** 6))
     seeds: int = flag(3, "runs of each setting, with seeds from 1", within=(1, 1000))
     tables: int = flag(200, "decoded and scored in each split", within=(1, 10_000))
     test_seed: int = flag(1, "of the test tables: another one gives fresh tables",
                           within=(1, 10 ** 12))
     results: str = flag("docs/results/claims.jsonl", "a line for each run")
-    jobs: int = flag(0, "runs at once, a thread each; 0: as many as cores", within=(0, inf))
+    jobs: int = flag(0, "runs at once, a thread each; 0: as many as cores", within=(0, 1000))
     no_picture: bool = flag(False, "leave the picture and the table of docs/results.md as they are")
 
 

@@ -11,7 +11,6 @@ import dataclasses
 import html
 import json
 import os
-from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,8 +60,8 @@ class Settings:
     out: str = flag("", "directory to write to; left out: that of the run")
     data: str = flag("", "another data set than the one of the run, by name or .jsonl")
     data_dir: str = flag("", "read the data set from here; left out: as the run did")
-    examples: int = flag(8, "of the dev set, spread over it: read and decoded", within=(1, inf))
-    max_new_tokens: int = flag(None, "as in sample.py", kind=int, within=(1, inf))
+    examples: int = flag(8, "of the dev set, spread over it: read and decoded", within=(1, 10 ** 9))
+    max_new_tokens: int = flag(None, "as in sample.py", kind=int, within=(1, 100_000))
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
 
 

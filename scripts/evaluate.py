@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import sys
-from math import inf
 from pathlib import Path
 
 from tqdm import tqdm
@@ -35,15 +34,17 @@ class Settings:
     split: str = flag("test", "train, dev or test")
     data: str = flag("", "another data set than the one of the run, by name or .jsonl")
     data_dir: str = flag("", "read the data set from here; left out: as the run did")
-    examples: int = flag(0, "the first so many tables only; 0: all", within=(0, inf))
+    examples: int = flag(0, "the first so many tables only; 0: all", within=(0, 10 ** 9))
     topics: bool = flag(False, "score each topic by itself, too")
     num_beams: int = flag(None, "as in sample.py; left out: by the data set, see there",
                           kind=int, within=(1, 1000), alias="beam")
     length_penalty: float = flag(None, "as in sample.py", kind=float, within=(-100, 100))
-    max_new_tokens: int = flag(None, "as in sample.py", kind=int, within=(1, inf), alias="max-new")
-    min_new_tokens: int = flag(None, "as in sample.py", kind=int, within=(0, inf), alias="min-new")
-    no_repeat_ngram_size: int = flag(0, "as in sample.py", within=(0, inf), alias="no-repeat")
-    batch_size: int = flag(16, "tables decoded at once", within=(1, inf))
+    max_new_tokens: int = flag(None, "as in sample.py", kind=int, within=(1, 100_000),
+                               alias="max-new")
+    min_new_tokens: int = flag(None, "as in sample.py", kind=int, within=(0, 100_000),
+                               alias="min-new")
+    no_repeat_ngram_size: int = flag(0, "as in sample.py", within=(0, 100_000), alias="no-repeat")
+    batch_size: int = flag(16, "tables decoded at once", within=(1, 100_000))
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     dtype: str = flag("auto", "of the frozen weights; auto: bf16 on a GPU that has it, else fp32",
                       choices=["auto", "fp32", "bf16", "fp16", "fp64"])
@@ -181,8 +182,9 @@ def main(argv=None):
         raise ValueError("got no --run; expected the directory of one; `python -m scripts.evaluate "
                          "--run out/NAME`")
     trained = run_settings(settings.run)
-    data = settings.data or trained["data"]
-    examples = tasks.load(data, settings.split, settings.data_dir or trained["data_dir"] or None)
+    data = settings.data or trained.get("data", "")
+    data_dir = settings.data_dir or trained.get("data_dir") or None
+    examples = tasks.load(data, settings.split, data_dir)
     examples = examples[:settings.examples or None]
     paper.fill_in(settings, paper.DECODING, data)       # of the data that are decoded
     generator = sample.Generator(sample.Settings(

@@ -39,35 +39,37 @@ class Settings:
     model: str = flag("tiny-gpt2", "tiny-gpt2, a language model; tiny-bart, which undoes noise",
                       choices=["tiny-gpt2", "tiny-bart"])
     tokens: int = flag(150_000_000, "how many tokens to read, packed and padded",
-                       within=(1, math.inf))
+                       within=(1, 10 ** 12))
     vocabulary: int = flag(1280, "tokens of a new tokenizer, <|endoftext|> included",
-                           within=(257, math.inf))
+                           within=(257, 10 ** 6))
     context: int = flag(192, "positions of the model, and tokens of a row of text",
-                        within=(1, math.inf))
-    width: int = flag(192, "C, the width of the model", within=(1, math.inf))
+                        within=(1, 100_000))
+    width: int = flag(192, "C, the width of the model", within=(1, 10_000))
     layers: int = flag(4, "L, its blocks; of tiny-bart in the encoder and again in the decoder",
-                       within=(1, math.inf))
-    heads: int = flag(4, "H, its attention heads", within=(1, math.inf))
-    rows: int = flag(16, "rows of text in a step of each process", within=(1, math.inf))
+                       within=(1, 1000))
+    heads: int = flag(4, "H, its attention heads", within=(1, 1000))
+    rows: int = flag(16, "rows of text in a step of each process", within=(1, 10_000))
     processes: int = flag(1, "processes that share a step, each with rows of its own; on a CPU as "
                              "many as it has cores is fastest", within=(1, 64))
-    lr: float = flag(2e-3, "highest learning rate of words, positions, biases and LayerNorms")
-    matrix_lr: float = flag(0.02, "highest learning rate of the matrices in the blocks")
+    lr: float = flag(2e-3, "highest learning rate of words, positions, biases and LayerNorms",
+                     within=(1e-12, 1e6))
+    matrix_lr: float = flag(0.02, "highest learning rate of the matrices in the blocks",
+                            within=(1e-12, 1e6))
     warmup: int = flag(200, "steps in which the rates rise; then they fall in half a cosine to 0",
-                       within=(0, math.inf))
-    seed: int = flag(0, "of the first weights, the tokenizer and every text")
+                       within=(0, 10 ** 9))
+    seed: int = flag(0, "of the first weights, the tokenizer and every text", within=(0, 10 ** 12))
     device: str = flag("auto", "auto: cuda where there is one", choices=["auto", "cpu", "cuda"])
     dtype: str = flag("fp32", "bf16: mixed precision, the weights stay in fp32",
                       choices=["fp32", "bf16"])
     workers: int = flag(0, "processes that write text ahead of the model; 0: none",
-                        within=(0, math.inf))
-    probe_every: int = flag(200, "steps between two lines of the log", within=(1, math.inf))
-    save_every: int = flag(1000, "steps between two savings of the state", within=(1, math.inf))
+                        within=(0, 1000))
+    probe_every: int = flag(200, "steps between two lines of the log", within=(1, 10 ** 9))
+    save_every: int = flag(1000, "steps between two savings of the state", within=(1, 10 ** 9))
     out: str = flag("out/pretrain", "directory of the run: its state, log and tokenizer")
     weights: str = flag("", "directory for the finished model, in 16 bits; left out: weights/MODEL")
     resume: bool = flag(False, "go on with the run in --out")
     stop_at: int = flag(0, "stop after this step, to be resumed; 0: at the end",
-                        within=(0, math.inf))
+                        within=(0, 10 ** 9))
 
 
 # ---- text: whole documents, packed into rows

@@ -33,10 +33,10 @@ OWN = ("lr", "prefix_len", "steps", "out", "rates", "lengths", "epochs", "dev_ev
 @dataclasses.dataclass
 class Settings(train.Settings):
     rates: list = flag([], "learning rates to try, repeatable; left out: 3e-4, 1e-3, 3e-3, or --lr",
-                       kind=float)
+                       kind=float, within=(1e-12, 1e30))
     lengths: list = flag([], "prefix lengths to try, repeatable; left out: 5, 10, 20, or "
-                             "--prefix-len", kind=int)
-    steps: int = flag(100, "steps of the longest runs, a multiple of 4", within=(4, math.inf))
+                             "--prefix-len", kind=int, within=(1, 10_000))
+    steps: int = flag(100, "steps of the longest runs, a multiple of 4", within=(4, 10 ** 9))
 
 
 def words(settings, names):

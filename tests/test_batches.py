@@ -1,11 +1,14 @@
 """Batches: which pairs meet, with how little padding, and where the labels are."""
+import hashlib
 import math
+import random
 
+import pytest
 import torch
 
-from data.batches import Pair, count_labels, epoch_batches
+from data.batches import Pair, Pairs, count_labels, epoch_batches
 from data.causal import collate
-from data.pairs import dev_batches
+from data.pairs import dev_batches, digest
 
 
 def test_every_epoch_sees_every_pair_once_in_another_order():
@@ -77,3 +80,19 @@ def test_the_dev_set_is_sorted_and_whole(model):
     assert sum(batch.n_labels for batch in batches) == count_labels(pairs)
     cells = sum(batch.inputs["ids"].numel() for batch in batches)
     assert sum(len(pair.ids) - 1 for pair in pairs) > 0.9 * cells
+
+
+def test_pairs_in_one_array_are_the_pairs():
+    """Would catch: a pair with the tokens of its neighbour."""
+    rng = random.Random(0)
+    plain = [Pair([rng.randrange(2 ** 31) for _ in range(2 + n % 5)], n % 3) for n in range(50)]
+    pairs = Pairs()
+    for pair in plain:
+        pairs.append(pair.ids, pair.start)
+    assert list(pairs) == plain and pairs[-1] == plain[-1] and pairs[3:40:7] == plain[3:40:7]
+    assert random.Random(1).sample(pairs, 9) == random.Random(1).sample(plain, 9)
+    assert epoch_batches(pairs, 4, 1, 0) == epoch_batches(plain, 4, 1, 0)
+    text = repr([(pair.ids, pair.start) for pair in plain])
+    assert digest(pairs[:20], plain[20:]) == hashlib.sha256(text.encode()).hexdigest()
+    with pytest.raises(IndexError):
+        pairs[50]

@@ -63,13 +63,17 @@ def test_what_is_given_has_its_type():
     (["--epochs", "many"], "many"),
     (["--epochs"], "--epochs"),
     (["one", "two"], "two"),
+    (["--method=--"], "got --method []"),
+    (["--epochs=--"], "got --epochs []"),
+    (["--max-new", str(2 ** 63)], "expected a number from 1 to 1,000"),
 ])
 def test_a_wrong_flag_is_one_line_with_the_next_step(argv, words):
     """Would catch a flag that is ignored silently, and argparse's page of usage."""
     with pytest.raises(ValueError) as caught:
         parsed(*argv)
     message = str(caught.value)
-    assert words in message and "--help" in message and "\n" not in message
+    assert words in message and "\n" not in message
+    assert "--help" in message or "expected" in message
 
 
 @pytest.mark.parametrize("argv", [["--learning-rate", "1e-4", "--max-new=7"],
@@ -102,6 +106,7 @@ def test_help_names_every_flag_with_its_default(capsys):
     assert caught.value.code == 0
     assert "--lr LR, --learning-rate LR" in out or "--lr, --learning-rate LR" in out
     assert "--mid-dim" in out and "100 %" in out and "(default: 5)" in out
+    assert "tokens at most (1 to 1,000)" in out
     assert "rises (default: 0)" in out and "(default: False)" not in out
 
 
@@ -129,10 +134,27 @@ def test_standard_output_is_utf_8(encoding):
     assert done.stdout.decode("utf-8").split() == ["Café", "\u6771", r"\ud83d"]
 
 
-def test_our_own_mistake_keeps_its_traceback():
-    """Would catch a bug that hides as a tidy message."""
-    with pytest.raises(KeyError):
-        run_program(lambda: {}["missing"])
+class Panic(BaseException):
+    """As the panic of a package in Rust: no Exception."""
+
+
+@pytest.mark.parametrize("mistake, words", [
+    (KeyError("missing"), "got KeyError: 'missing', which this program did not expect"),
+    (RecursionError("too deep"), "did not expect; run it again with PREFIX_TUNING_TRACEBACK=1"),
+    (Panic("rust\npanicked"), "got Panic: rust,"),
+])
+def test_our_own_mistake_is_one_line_that_says_how_to_see_it(capsys, monkeypatch, mistake, words):
+    """Would catch a page of traceback for a user, and a bug that hides as a tidy message."""
+    def main():
+        raise mistake
+    monkeypatch.delenv("PREFIX_TUNING_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit) as caught:
+        run_program(main)
+    err = capsys.readouterr().err
+    assert caught.value.code == 70 and err.count("\n") == 1 and words in err
+    monkeypatch.setenv("PREFIX_TUNING_TRACEBACK", "1")
+    with pytest.raises(type(mistake)):
+        run_program(main)
 
 
 @pytest.mark.parametrize("error", [

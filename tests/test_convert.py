@@ -168,7 +168,9 @@ def test_names_and_shapes_are_strict_both_ways(tmp_path):
     ("model_type", "bert"), ("model_type", None), ("activation_function", "relu"),
     ("activation_function", "gelu"), ("scale_attn_weights", False),
     ("scale_attn_by_inverse_layer_idx", True), ("add_cross_attention", True),
-    ("n_head", None), ("n_head", "3"), ("n_head", 0), ("n_layer", -1), ("n_inner", 40)])
+    ("n_head", None), ("n_head", "3"), ("n_head", 0), ("n_layer", -1), ("n_inner", 40),
+    ("n_layer", 10 ** 9), ("n_embd", 2 ** 63), ("layer_norm_epsilon", float("nan")),
+    ("model_type", ["gpt2"])])
 def test_another_architecture_is_refused_by_name(tmp_path, option, value):
     """Catches a checkpoint whose tensors fit and whose function is another one."""
     directory = write(tmp_path / "hf", foreign(small()), **{option: value})
@@ -586,3 +588,19 @@ def test_a_room_that_was_deleted_is_named(tmp_path, monkeypatch):
         architecture("bart")
     refused(write(tmp_path / "hf", foreign(small()), model_type="bart"), "there is no bart")
     assert new_prefix(small(), 3, 5)().size(4) == 3
+
+
+@pytest.mark.parametrize("change", [
+    {"config": {"n_layer": 10 ** 9}}, {"config": {"n_layer": "2"}}, {"config": {"n_head": 3.0}},
+    {"config": {"n_embd": True}}, {"architecture": ["gpt2"]}, {"generation_config": [1]},
+    {"generation_config": {"eos_token_id": "a"}}, {"generation_config": {"eos_token_id": [61]}}])
+def test_a_config_of_ours_with_other_types_or_sizes_is_refused(tmp_path, change):
+    """Would catch: a billion layers, each of which takes memory before its weights are missed."""
+    save(small(), tmp_path)
+    path = tmp_path / "config.json"
+    about = json.loads(path.read_text())
+    if "config" in change:
+        change = {"config": about["config"] | change["config"]}
+    path.write_text(json.dumps(about | change))
+    with pytest.raises(ValueError, match="whose files do not fit"):
+        load(tmp_path)

@@ -262,9 +262,9 @@ def test_a_bad_line_of_your_own_file_is_named(tmp_path, line, words):
 def test_sources_alone_can_be_read(tmp_path):
     """Would catch decoding that asks for the targets it is there to write."""
     path = write(tmp_path / "in.jsonl", jsonl({"source": "a"}, {"source": "b", "target": 3}))
-    assert read_requests(path, []) == (["a", "b"], [None, None])
+    assert list(read_requests(path, [])) == [("a", None), ("b", None)]
     assert 'expected an object with "source" on each line;' in error_of(
-        read_requests, write(path, jsonl({"target": "a"})), [])
+        lambda: list(read_requests(write(path, jsonl({"target": "a"})), [])))
 
 
 # ---- names and files

@@ -3,14 +3,17 @@
 The forms of the files are in test_data.py and test_summaries.py.
 """
 import bz2
+import gzip
+import itertools
 import json
 import lzma
+import os
 import zipfile
 
 import pytest
 from test_data import webnlg_json, write
 
-from data import formats, summaries
+from data import example, formats, summaries
 from data.example import LONGEST_BLANK, Example, examples
 from data.requests import read_requests
 from data.tasks import load
@@ -177,9 +180,9 @@ def test_line_ends_of_another_system_change_nothing(tmp_path):
           '{"train": [],\r\n"validation": ["1"],\r\n"test": []}')
     assert load("xsum", "dev", tmp_path) == [Example("It is closed.", ("A road.",), "news/uk")]
     path = write(tmp_path / "my.txt", "a\r\nb\r\n")
-    assert read_requests(path, [])[0] == ["a", "b"]
+    assert [source for source, _ in read_requests(path, [])] == ["a", "b"]
     path = write(tmp_path / "my.jsonl", own().replace("\n", "\r\n"))
-    assert read_requests(path, [])[0] == ["a", "c"]
+    assert [source for source, _ in read_requests(path, [])] == ["a", "c"]
 
 
 @pytest.mark.parametrize("end", ["\n", "\n\n", "\r\n\r\n", " \n", ",\n"])
@@ -202,6 +205,35 @@ def test_a_packed_file_is_named_with_its_command(tmp_path, command):
         formats.read_text(path)
 
 
+READERS = [lambda path: load(str(path), "train"), lambda path: list(read_requests(path, [])),
+           formats.read_text]
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_what_never_ends_is_refused(tmp_path, monkeypatch, read):
+    """Would catch: a hang on a pipe, all memory full of /dev/zero or of a small file that unpacks
+    to a large one.
+    """
+    monkeypatch.setattr(formats, "LARGEST", 1 << 20)
+    path = tmp_path / "my.jsonl"
+    path.write_bytes(100 * gzip.compress(bytes(1 << 20)))
+    with pytest.raises(ValueError, match="my.jsonl.*got more than 1 MB in one piece"):
+        read(path)
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.mkdir()):
+        path.unlink()
+        make(path)
+        with pytest.raises(ValueError, match="my.jsonl, which (is no file|cannot be read)"):
+            read(path)
+
+
+def test_a_split_has_an_end(monkeypatch):
+    """Would catch: all memory full of a small file that unpacks to many short lines."""
+    monkeypatch.setattr(example, "MOST_CHARACTERS", 1000)
+    endless = itertools.repeat(("my.jsonl, line 7", "a", ["b"], ""))
+    with pytest.raises(ValueError, match="my.jsonl, line 7: got more than"):
+        example.examples(endless)
+
+
 @pytest.mark.parametrize("text", [
     "[" + '{"source": "c", "target": "x"}, ' * 10_000 + "{}]", json.dumps("x" * 100_000),
     json.dumps({"source": "a", "target": {"x": "y" * 100_000}}),
@@ -209,7 +241,7 @@ def test_a_packed_file_is_named_with_its_command(tmp_path, command):
     json.dumps({"x" * 100_000: 1}), json.dumps({f"key{n}": 1 for n in range(20_000)}),
 ])
 @pytest.mark.parametrize("read", [lambda path: load(str(path), "train"),
-                                  lambda path: read_requests(path, ["a", "b"])])
+                                  lambda path: list(read_requests(path, ["a", "b"]))])
 def test_a_message_is_not_as_long_as_the_file(tmp_path, text, read):
     """A list on one line is often a .json file that was renamed. Would catch: 22 MB on a terminal.
     """

@@ -52,3 +52,18 @@ def test_what_is_no_run_is_named(tmp_path, text):
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match="which is no run .*; expected the config.json that train"):
         run_settings(tmp_path)
+
+
+@pytest.mark.parametrize("name, value, words", [
+    ("model", ["a"], "its model is ['a']"), ("data", 7, "its data is 7"),
+    ("max_source", "512", "its max_source is '512'"), ("steps", "ten", "with steps = 'ten'"),
+    ("batch_size", 10 ** 9, "with batch_size = 1000000000; expected a number from 1 to 100,000"),
+    ("fast", 1, "with fast = 1; expected one value of the kind bool"),
+    ("method", "none", "with method = 'none'; expected one of prefix, "),
+    ("lr", float("nan"), "with lr = nan; expected a number from 1e-12 to 1e+30")])
+def test_a_run_with_a_setting_that_no_flag_can_give_is_refused(tmp_path, name, value, words):
+    """Would catch: a traceback far from the file, and memory asked for a batch of a billion."""
+    run = write(tmp_path / "run", OURS | {name: value})
+    with pytest.raises(ValueError) as caught:
+        resumed_settings(dataclasses.replace(train.Settings(), resume=run))
+    assert words in str(caught.value)

@@ -332,9 +332,9 @@ def test_prefixes_of_several_lengths_leave_each_other_room(model):
 def test_files_of_sources_come_from_everywhere(tmp_path):
     """Would catch: line ends of Windows in the source, a packed file taken for text."""
     (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\r\n")
-    assert read_requests(tmp_path / "a.txt", ["r"]) == (["one", "two"], ["r", "r"])
+    assert list(read_requests(tmp_path / "a.txt", ["r"])) == [("one", "r"), ("two", "r")]
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"source": "x"}\n'))
-    assert read_requests(tmp_path / "a.jsonl.gz", ["r"]) == (["x"], ["r"])
+    assert list(read_requests(tmp_path / "a.jsonl.gz", ["r"])) == [("x", "r")]
 
 
 def test_the_line_breaks_of_gpt2_are_two_tokens(tmp_path):
@@ -382,7 +382,7 @@ def test_a_source_that_is_too_long_is_cut_aloud(trained, capsys):
     (["--run", "RUN", "--input", "absent.txt"], "absent.txt"),
     (["--run", "RUN", "--input", "gap.txt"], "gap.txt, line 2: got the source ''"),
     (["--run", "RUN", "--input", "bad.jsonl", "--output", "."], "got --output ., which is no file"),
-    (["--run", "RUN", "x", "--max-new", "-5"], "got --max-new-tokens -5; expected at least 1"),
+    (["--run", "RUN", "x", "--max-new", "-5"], "got --max-new-tokens -5; expected a number from 1"),
     (["--run", "RUN", "x", "--temperature", "nan"], "got --temperature nan"),
     (["--run", "RUN", "x", "--device", "meta"], "got --device meta, which PyTorch cannot use"),
     (["--run", "RUN", "--input", "bad.jsonl"], r"bad.jsonl, line 2: got the keys \['sauce'\]"),

@@ -560,7 +560,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(task, tmp_path):
     (["--lr", "-1"], "got --lr -1.0; expected a number from"),
     (["--prefix-len", "60"], "too long for 4 tokens"),
     (["--prefix-len", "70"], "got a prefix of 70; expected less than the model's 64 positions"),
-    (["--steps", "0"], "got --steps 0; expected at least 1"),
+    (["--steps", "0"], "got --steps 0; expected a number from 1"),
     (["--epochs", "2"], "got --steps and --epochs"),
     (["--max-target", "30"], "got --prefixes, --max-source or --max-target with .*; expected a B"),
     (["--init-text", "summarise:"], "got --init-text with --init random; expected it with"),

@@ -3,7 +3,8 @@
 Every program here keeps its settings in one dataclass whose fields carry their own help text, so
 that the dataclass is the documentation of the flags. A mistake that a user can make is a ValueError
 or an OSError that says what was got, what was expected and what to do next; `run_program` turns it
-into one line and exit status 2. Knows nothing of the project.
+into one line and exit status 2, and what nobody expected into one line and status 70. Knows nothing
+of the project.
 """
 import argparse
 import contextlib
@@ -11,9 +12,12 @@ import dataclasses
 import difflib
 import importlib
 import io
-import math
+import os
 import signal
 import sys
+
+# Set to anything, this environment variable brings the traceback of every error.
+TRACEBACK = "PREFIX_TUNING_TRACEBACK"
 
 
 def flag(default, text, choices=None, kind=None, within=None, alias=None):
@@ -30,6 +34,32 @@ def flag(default, text, choices=None, kind=None, within=None, alias=None):
 class _OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(f"{message}; `{self.prog} --help` lists every flag")
+
+
+def number(value):
+    """A bound as text: 1e-12, 1,000,000."""
+    return f"{value:g}" if isinstance(value, float) else f"{value:,}"
+
+
+def check(settings, name_of=lambda field: "--" + field.replace("_", "-")):
+    """Raise ValueError unless every field of `settings`, an instance of a settings dataclass, has a
+    value that its flag can have. name_of: what the message calls a field.
+    """
+    for field in dataclasses.fields(settings):
+        values, about = getattr(settings, field.name), field.metadata
+        if values is None and field.default is None:
+            continue
+        kind = str if about["kind"] is list else about["kind"]
+        kinds = (int, float) if kind is float else (kind,)          # of JSON; True is no 1
+        low, high = about["within"] or (None, None)
+        for value in values if field.default is dataclasses.MISSING else [values]:
+            got = f"got {name_of(field.name)} {value!r:.60}; expected"
+            if type(value) not in kinds:
+                raise ValueError(f"{got} one value of the kind {kind.__name__}")
+            if about["choices"] and value not in about["choices"]:
+                raise ValueError(f"{got} one of {', '.join(about['choices'])}")
+            if low is not None and not low <= value <= high:
+                raise ValueError(f"{got} a number from {number(low)} to {number(high)}")
 
 
 def parse(settings, argv, description, positional=None, notes=""):
@@ -51,8 +81,11 @@ def parse(settings, argv, description, positional=None, notes=""):
         kind, choices = field.metadata["kind"], field.metadata["choices"]
         repeated = field.default is dataclasses.MISSING
         plain = repeated or field.default in (None, "") or field.default is False
-        default = "" if plain else f" (default: {field.default})"
-        about = {"help": (field.metadata["help"] + default).replace("%", "%%")}
+        notes_on = [" to ".join(map(number, field.metadata["within"] or ()))]
+        notes_on += [] if plain else [f"default: {field.default}"]
+        ends = "; ".join(filter(None, notes_on))
+        about = {"help": (field.metadata["help"] + (f" ({ends})" if ends else "")).replace(
+            "%", "%%")}
         if field.name == positional:
             parser.add_argument(field.name, nargs="?", **about)
             continue
@@ -71,14 +104,9 @@ def parse(settings, argv, description, positional=None, notes=""):
         raise ValueError(f"unknown argument {unknown[0]!r}; "
                          + (f"did you mean {near[0]}? " if near else "")
                          + f"`{parser.prog} --help` lists every flag")
-    for field in dataclasses.fields(settings):
-        low, high = field.metadata["within"] or (None, None)
-        if low is not None and field.name in given and not low <= given[field.name] <= high:
-            wanted = f"at least {low}" if high == math.inf else f"a number from {low} to {high}"
-            raise ValueError(f"got --{field.name.replace('_', '-')} {given[field.name]}; expected "
-                             f"{wanted}")
     found = settings(**given)       # what was left out takes the dataclass's own default
     found.given = set(given)
+    check(found)
     return found
 
 
@@ -92,25 +120,34 @@ def run_program(main, saving_flags="a smaller --batch-size"):
     """Call `main()` as a program: a user's mistake is one line on stderr and exit status 2; so is a
     lack of memory, with the flags that save some.
 
-    Standard output is UTF-8, as every file is: another encoding may lack a letter of what is said
-    after hours.
+    Anything else, as a mistake of our own or of a package, is one line too, with status 70 and how
+    to see where it comes from. Standard output is UTF-8, as every file is: another encoding may
+    lack a letter of what is said after hours.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):        # a notebook's is not, and takes every text
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         main()
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+        if os.environ.get(TRACEBACK):
             raise
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        print(f"error: out of memory ({first}); try {saving_flags}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:          # a panic of a package in Rust is no Exception
+        if os.environ.get(TRACEBACK):
+            raise
+        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        if out_of_memory(error):
+            print(f"error: out of memory ({first}); try {saving_flags}", file=sys.stderr)
+            sys.exit(2)
+        print(f"error: got {type(error).__name__}: {first}, which this program did not expect; run "
+              f"it again with {TRACEBACK}=1 to see where, and report that", file=sys.stderr)
+        sys.exit(70)
 
 
 def optional_module(name, flags):

@@ -38,7 +38,8 @@ def atomic_write(path, mode="wb"):
         if new_folder:
             with contextlib.suppress(OSError):      # not there, or not empty
                 path.parent.rmdir()
-        if isinstance(error, (OSError, RuntimeError)):  # RuntimeError: torch.save on a full disk
+        # RuntimeError: torch.save on a full disk; others have nothing to do with writing.
+        if isinstance(error, OSError) or isinstance(error, RuntimeError) and "write" in str(error):
             raise OSError(f"could not write {path}: {error}; free some space or choose another "
                           "directory; what was there before is untouched") from error
         raise

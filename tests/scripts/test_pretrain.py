@@ -153,7 +153,7 @@ def test_a_run_is_not_mixed_with_another(directory):
         train(directory)
     with pytest.raises(ValueError, match="--lr 0.002"):
         train(directory, "--resume", "--lr", "1")
-    with pytest.raises(ValueError, match="got --width 0; expected at least 1"):
+    with pytest.raises(ValueError, match="got --width 0; expected a number from 1"):
         train(directory / "new", "--width", "0")
     with pytest.raises(ValueError, match="got --width .* and --heads 7; expected a width"):
         train(directory / "new", "--heads", "7")

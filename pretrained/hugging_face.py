@@ -23,6 +23,8 @@ from utils.files import atomic_write
 
 # What is kept of how the makers decode: tokens. Beams and lengths are chosen by the data set.
 FORCED = ("forced_bos_token_id", "forced_eos_token_id")
+# Vocabularies that are not read: a model beside one of them alone would speak English by chance.
+OTHER_VOCABULARIES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "vocab.txt")
 GENERATION = (*FORCED, "bos_token_id", "eos_token_id")
 # What git leaves in the place of a large file where git-lfs is not installed.
 LFS_POINTER = b"version https://git-lfs"
@@ -256,6 +258,11 @@ def find_vocabulary(directory, classes):
         raise ValueError(f"got {path}, of a GPT-2 with a vocabulary of its own; expected GPT-2's, "
                          "or tokenizer.json beside it, which has all of it; download that, or save "
                          "it with transformers")
+    other = [name for name in OTHER_VOCABULARIES if (directory / name).exists()]
+    if other:
+        raise ValueError(f"got {directory} with {other[0]}, a vocabulary of another kind than "
+                         "GPT-2's; expected tokenizer.json, which any has; save it with "
+                         "transformers")
     return None
 
 

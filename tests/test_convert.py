@@ -564,6 +564,16 @@ def test_another_name_of_the_activation_is_read(tmp_path):
         convert(other, tmp_path / "none")
 
 
+@pytest.mark.parametrize("name", ["spiece.model", "vocab.txt"])
+def test_another_kind_of_vocabulary_is_refused_by_name(tmp_path, name):
+    """Would catch: a GPT-2 of another language that is read with English tokens, without a word."""
+    directory = write(tmp_path / "hf", foreign(small()))
+    (directory / name).write_text("x")
+    with pytest.raises(ValueError, match=f"with {name}, a vocabulary of another kind than"):
+        convert(directory, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # ---- the table of the architectures
 
 def test_an_architecture_that_is_not_here_is_refused_in_plain_words(tmp_path):

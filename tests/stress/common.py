@@ -77,9 +77,11 @@ def child(function, output="output.txt"):
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:                                    # whatever happens: never back into the parent's
+            os._exit(status)
 
 
 def status_of(number):

@@ -200,7 +200,8 @@ def damage_json(text, rng):
     lines[at] = json.dumps(value)
     name = next((key for key in reversed(path) if isinstance(key, str)), "")
     fair = (type(old) in (int, float) and type(new) in (int, float)     # 3 for 3.0
-            or name in ("target", "topic", "run", "metadata")           # a text for a list of one
+            or name in ("target", "topic", "run", "metadata") or isinstance(old, list) and (
+                isinstance(new, str) and name == "source")              # a text for a list of one
             or name.endswith("_token_id") and type(new) is int          # the same
             or new is None or "settings" in path and old is None)       # what is left out
     return "\n".join(lines) + "\n", fair, f"{'.'.join(map(str, path))} = {new!r}"

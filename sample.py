@@ -77,7 +77,7 @@ def generate(model, prompts, constraints, prefix=None, sample=sample_token):
         ids = sample(logits).masked_fill(done, eos)[:, None]                    # (B, 1)
         columns.append(ids)
         done |= constraints.ended(ids[:, 0])
-        if step + 1 == constraints.max_new_tokens or state.all_seen_to_be(done, step):
+        if step + 1 == constraints.max_new_tokens or state.all_done(done, step):
             break
         logits = state.step(ids)[:, 0]                                          # (B, V)
     rows = torch.cat(columns, 1).tolist() if columns else [[]] * len(prompts)   # (B, new tokens)

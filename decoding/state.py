@@ -63,7 +63,7 @@ class DecodingState:
                                           **self.inputs)                        # (B, T, C)
         return self.model.head(hidden[:, -1:] if tree is None else hidden)
 
-    def all_seen_to_be(self, done, step):
+    def all_done(self, done, step):
         """Whether all of done (B,) are True, as far as is known after step number `step`.
 
         To look, Python has to wait for a GPU: there it looks every 8 steps. On a CPU it looks at

@@ -120,11 +120,11 @@ def target_loss(model, prefix, batch):
 
 
 def summarize_parameters(learner, model):
-    """One line: how many numbers learn, of how many in all, and how many a task has to store."""
+    """One line: how many numbers a task has to store, and how many learn, of how many in all."""
     trainable = sum(p.numel() for p in learner.parameters())
     total = trainable + sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    stored = learner.num_stored_parameters()
-    model_size = sum(p.numel() for p in model.parameters())
-    return (f"trainable params: {trainable:,} || all params: {total:,} || trainable%: "
-            f"{100 * trainable / total:.4f}; to store: {stored:,}, {stored / model_size:.2%} of "
-            "the model")
+    stored, size = learner.num_stored_parameters(), sum(p.numel() for p in model.parameters())
+    mlp = ", with the MLP that computes it while learning, thrown away afterwards"
+    return (f"to store: {stored:,}, {stored / size:.2%} of the model; trainable params: "
+            f"{trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
+            + mlp * (trainable > stored))

@@ -12,16 +12,16 @@ are read (decoding/state.py), constraints and beam search (decoding/), scores (s
 import contextlib
 import dataclasses
 import itertools
-import json
 import sys
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
+import utils.before_torch  # noqa: F401  as in train.py
 
-from data import paper
+import torch
+
+from data import own, paper
 from data.pairs import pairs_of
-from data.requests import read_requests
+from data.requests import answer_line, read_requests
 from decoding.beam import beam_search
 from decoding.constraints import constraints_of
 from decoding.state import DecodingState, stack_prefixes
@@ -30,6 +30,7 @@ from pretrained.load import load_model
 from pretrained.run_directory import load_prefix, load_run, run_settings
 from utils.cli import flag, parse, run_program
 from utils.files import atomic_write
+from utils.terminal import note, progress, typed_lines
 
 
 def sample_token(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
@@ -88,14 +89,17 @@ def generate(model, prompts, constraints, prefix=None, sample=sample_token):
 
 @dataclasses.dataclass
 class Settings:
-    prompt: str = flag("", "the table or text to start from; without it and --input: asks")
+    prompt: str = flag("", "the source or text to start from; without it and --input: asks",
+                       group='what is decoded: python sample.py --run out/NAME "name : Strada"')
     run: list = flag([], "directory of a training run, out/NAME: its model with its prefix; "
                          "repeatable, for runs of one model: each line of --input names its run")
     model: str = flag("", "without --run: the frozen model of this name, or in this directory")
-    input: str = flag("", "a file with one source a line, or .jsonl with a \"source\" in each line")
+    input: str = flag("", "a file with one source a line; .jsonl, .json, .csv or .tsv with the key "
+                          "or column \"source\", or as the run's --source-key")
     output: str = flag("", "write here, not to standard output; .jsonl keeps the sources too")
     max_new_tokens: int = flag(None, "tokens to generate at most", kind=int, within=(1, 100_000),
-                               alias="max-new")
+                               alias="max-new", group="length and search: python sample.py --run "
+                                                      "out/NAME --num-beams 5 \"...\"")
     min_new_tokens: int = flag(None, "tokens to generate before the end is allowed", kind=int,
                                within=(0, 100_000), alias="min-new")
     num_beams: int = flag(None, "texts kept alive in beam search; 1: greedy", kind=int,
@@ -112,12 +116,14 @@ class Settings:
     ban: list = flag([], "text each of whose tokens is never generated (\" the\" and \"the\" are "
                          "two), repeatable; left out, for tables by name: line breaks")
     temperature: float = flag(0.0, "0: greedy; 1: sample from the model's distribution",
-                              within=(0, 1000))
+                              within=(0, 1000), group="chance: python sample.py --run out/NAME "
+                                                      "--temperature 0.7 --top-p 0.9 \"...\"")
     top_k: int = flag(0, "sample from the k likeliest tokens only; 0: all", within=(0, 10 ** 6))
     top_p: float = flag(1.0, "sample from the likeliest tokens that together have this probability",
                         within=(1e-9, 1))
     seed: int = flag(101, "seed of the sampling", within=(0, 10 ** 12))
-    batch_size: int = flag(16, "sources decoded at once, with --input", within=(1, 100_000))
+    batch_size: int = flag(16, "sources decoded at once, with --input", within=(1, 100_000),
+                           group="device and speed: python sample.py --run out/NAME --fast")
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     dtype: str = flag("auto", "of the frozen weights; auto: bf16 on a GPU that has it, else fp32",
                       choices=["auto", "fp32", "bf16", "fp16", "fp64"])
@@ -202,7 +208,7 @@ class Generator:
             raise ValueError(f"got --max-new-tokens {s.max_new_tokens}, which leaves no room for a "
                              f"source ({max(0, limit)} positions); lower --max-new-tokens")
         if excess:
-            print(f"cut {excess} tokens of {source[:40]!r}... to fit {limit}", file=sys.stderr)
+            note(f"cut {excess} tokens of {source[:40]!r}... to fit {limit}")
         return ids
 
     def generate(self, sources, runs=None):
@@ -226,16 +232,16 @@ def answer_file(generator, settings):
     """Decode every source of --input, in order; the output file appears when all are done."""
     path, output, several = Path(settings.input), settings.output, len(settings.run) > 1
     # Read twice, for no file is too long for memory, and a bad line is found before hours of work.
-    total = sum(1 for _ in read_requests(path, settings.run))
-    requests, bar = read_requests(path, settings.run), tqdm(total=total, unit="text", disable=None)
+    key, _ = own.keys_of(run_settings(settings.run[0]) if settings.run else {})
+    total = sum(1 for _ in read_requests(path, settings.run, key))
+    requests, bar = read_requests(path, settings.run, key), progress(total=total, unit="text")
     with bar, atomic_write(output, "w") if output else contextlib.nullcontext(sys.stdout) as file:
         while batch := list(itertools.islice(requests, settings.batch_size)):
             sources, runs = zip(*batch)
             texts = generator.generate(sources, runs if several else None)
             for source, run, text in zip(sources, runs, texts):
-                row = {"source": source, "text": text} | ({"run": run} if several else {})
-                file.write((json.dumps(row, ensure_ascii=False) if output.endswith(".jsonl") else
-                            " ".join(text.splitlines())) + "\n")                # a line for each
+                file.write(answer_line(source, text, run if several else None,
+                                       output.lower().endswith(".jsonl")))
             bar.update(len(batch))
 
 
@@ -261,14 +267,8 @@ def main(argv=None):
     elif "prompt" in settings.given:            # "" too: an empty text is not an absent one
         print(*generator.generate([settings.prompt]))
     else:
-        while True:
-            try:
-                print("source> ", end="", file=sys.stderr, flush=True)
-                source = input()
-            except EOFError:
-                return
-            if source.strip():
-                print(*generator.generate([source]), flush=True)
+        for source in typed_lines("source> ", "source as in training, or a text to go on with,"):
+            print(*generator.generate([source]), flush=True)
 
 
 if __name__ == "__main__":

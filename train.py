@@ -13,18 +13,13 @@ same step (fast/), scores (scripts/evaluate.py).
 import copy
 import dataclasses
 import math
-import os
-import shlex
 import time
-from pathlib import Path
 
-# While PyTorch's threads wait for each other they spin, which makes a small model several times
-# slower on a busy laptop. Passive threads sleep. torch reads this once, when it is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-import torch  # noqa: E402
-from tqdm import tqdm
+import utils.before_torch  # noqa: F401  sleeping threads, and what is missing in one sentence
 
-from data import paper, tasks
+import torch
+
+from data import own, paper, tasks
 from data.batches import count_labels, epoch_batches
 from data.pairs import dev_batches, digest, encode_examples, load_examples, pairs_of, settings_for
 from decoding.constraints import constraints_of
@@ -34,17 +29,28 @@ from pretrained.architectures import flags_of, new_prefix
 from pretrained.load import load_model, name_of_dtype
 from sample import generate
 from utils.cli import flag, optional_module, parse, run_program, stop_after_this_step
+from utils.terminal import command, labelled, progress
 
 
 @dataclasses.dataclass
 class Settings:
     model: str = flag("tiny-gpt2", "the frozen model: gpt2, gpt2-medium, ..., another name in "
-                                   "weights/, or a directory; with --start-from that run's")
-    data: str = flag("", f"{', '.join(tasks.NAMES)}, or a .jsonl file of your own; left out: "
-                         "world, for tiny-bart world-headlines")
+                                   "weights/, or a directory; with --start-from that run's",
+                      group="model and data: python train.py --model gpt2 --data my.jsonl")
+    data: str = flag("", f"{', '.join(tasks.NAMES)}; or your own, {own.FORMS}; left out: world, "
+                         "for tiny-bart world-headlines")
     data_dir: str = flag("", "read the data set from here; left out: it is downloaded, but for "
                              "summarising, whose files you have to fetch")
-    method: str = flag("prefix", "what learns", choices=list(paper.TRAINING))
+    source_key: str = flag("source", "of your own data: the key or the column of the source")
+    target_key: str = flag("target", "and of the target")
+    examples: int = flag(0, "learn from this many sources, drawn by the seed; 0: from all",
+                         within=(0, 10 ** 9))
+    max_source: int = flag(None, "BART's sources are cut to this many tokens; left out: 512",
+                           kind=int, within=(3, 100_000))
+    max_target: int = flag(None, "BART's targets are cut to this many tokens; left out: 60",
+                           kind=int, within=(3, 100_000))
+    method: str = flag("prefix", "what learns", choices=list(paper.TRAINING),
+                       group="what learns: python train.py --prefix-len 20 --mid-dim 0")
     prefix_len: int = flag(None, "P, keys and values in front of every layer", kind=int,
                            within=(1, 10_000))
     prefix_layers: str = flag("", "FIRST-LAST: a prefix in these upper layers only, numbered from "
@@ -58,14 +64,8 @@ class Settings:
     init_text: str = flag("table-to-text:", "the words of --init words; P is their length")
     start_from: str = flag("", "start from the prefix of this run, of train.py or of PEFT's: "
                                "exactly with --mid-dim 0, else an MLP is fitted to it")
-    examples: int = flag(0, "learn from this many sources, drawn by the seed; 0: from all",
-                         within=(0, 10 ** 9))
-    max_source: int = flag(None, "BART's sources are cut to this many tokens; left out: 512",
-                           kind=int, within=(3, 100_000))
-    max_target: int = flag(None, "BART's targets are cut to this many tokens; left out: 60",
-                           kind=int, within=(3, 100_000))
     lr: float = flag(None, "highest learning rate", kind=float, within=(1e-12, 1e30),
-                     alias="learning-rate")
+                     alias="learning-rate", group="optimiser: python train.py --lr 1e-3 --epochs 9")
     epochs: int = flag(None, "times that every pair is seen", kind=int, within=(1, 10 ** 9))
     steps: int = flag(None, "steps of the optimiser, in place of epochs", kind=int,
                       within=(1, 10 ** 9))
@@ -78,12 +78,13 @@ class Settings:
     clip: float = flag(1.0, "longest gradient; longer ones are scaled down", within=(1e-12, 1e30),
                        alias="max-grad-norm")
     weight_decay: float = flag(0.0, "AdamW's, on what learns", within=(0, 100))
-    dev_every: int = flag(0, "steps between two evaluations on the dev set; 0: a tenth of the run",
-                          within=(0, 10 ** 9))
-    dev_pairs: int = flag(500, "pairs of the dev set, a fixed sample; 0: all", within=(0, 10 ** 9))
     seed: int = flag(101, "of the prefix, the order of the data and the choice of examples",
                      within=(0, 10 ** 12))
-    device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
+    dev_every: int = flag(0, "steps between two evaluations on the dev set; 0: a tenth of the run",
+                          within=(0, 10 ** 9), group="dev set: python train.py --dev-pairs 100")
+    dev_pairs: int = flag(500, "pairs of the dev set, a fixed sample; 0: all", within=(0, 10 ** 9))
+    device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one",
+                       group="device and speed: python train.py --device cpu --fast")
     dtype: str = flag("auto", "of the frozen weights, the prefix is fp32; auto: bf16 on a GPU that "
                               "has it, else fp32; fp16: with a loss scale, for a GPU without bf16",
                       choices=["auto", "fp32", "bf16", "fp16", "fp64"])
@@ -99,7 +100,8 @@ class Settings:
     share_source: int = flag(0, "so many targets of a source meet in a batch, their common "
                                 "beginnings computed once; 0: pairs meet at random",
                              within=(0, 10_000))
-    out: str = flag("", "directory of the run; left out: out/MODEL-DATA")
+    out: str = flag("", "directory of the run; left out: out/MODEL-DATA",
+                    group="run: python train.py --resume out/tiny-gpt2-world")
     resume: str = flag("", "directory of a run to continue; its own settings are used")
     stop_at: int = flag(0, "stop after this step as Ctrl-C would, to be resumed; 0: at the end",
                         within=(0, 10 ** 9))
@@ -116,15 +118,6 @@ def resolve(args):
 
 
 # ---- what learns, and from what
-
-def starting_point(settings, model, tokenizer):
-    """The keys and values to start from: a run's prefix, or those of words; None: at random."""
-    if settings.start_from:
-        return run_directory.load_prefix(Path(settings.start_from) / "prefix.pt", model)
-    if settings.init == "words":
-        return model.prefix_from_tokens(tokenizer.encode(f" {settings.init_text}"))
-    return None
-
 
 def make_learner(settings, model, start=None):
     """What learns, by --method: a fresh prefix, or weights of the model itself."""
@@ -208,10 +201,11 @@ class Trainer:
         return total
 
     @torch.no_grad()
-    def dev_loss(self):
-        """-log p of a target token, averaged over all target tokens of the dev set."""
-        prefix = self.learner.fold().to(self.model.dtype)
-        losses = [self.loss(self.model, prefix, batch.to(self.model.device)) for batch in self.dev]
+    def dev_loss(self, prefix=None):
+        """-log p of a target token, averaged over the dev set; prefix: another than is learned."""
+        loss = self.loss if prefix is None else target_loss     # a compiled one is of one length
+        prefix = (self.learner.fold() if prefix is None else prefix).to(self.model.dtype)
+        losses = [loss(self.model, prefix, batch.to(self.model.device)) for batch in self.dev]
         return sum(torch.stack(losses).tolist()) / sum(batch.n_labels for batch in self.dev)
 
     def evaluate(self):
@@ -261,7 +255,7 @@ def train(trainer):
     per_epoch = math.ceil(len(pairs) / size)
     dev_every = s.dev_every or max(1, s.steps // 10)
     loss, n_labels, n_tokens, clock = 0.0, 0, 0, time.perf_counter()
-    bar = tqdm(total=s.steps, initial=trainer.step, unit="step", disable=None)
+    bar = progress(total=s.steps, initial=trainer.step)
     with stop_after_this_step() as signals, bar:
         dev_loss = trainer.evaluate() if trainer.first_loss is None else trainer.best_loss
         while trainer.step < s.steps:
@@ -282,7 +276,8 @@ def train(trainer):
                 mean, rate = float(loss) / n_labels, n_tokens / (time.perf_counter() - clock)
                 trainer.check_finite(mean)
                 trainer.log(loss=mean, tokens_per_second=round(rate))
-                bar.set_postfix(loss=f"{mean:.3f}", dev=f"{dev_loss:.3f}", tokens_per_s=round(rate))
+                bar.set_postfix(loss=f"{mean:.3f}", dev=f"{dev_loss:.3f}", tokens_per_s=round(rate),
+                                refresh=False)
                 loss, n_labels, n_tokens, clock = 0.0, 0, 0, time.perf_counter()
             if trainer.step % dev_every == 0 or last:
                 before = time.perf_counter()
@@ -296,14 +291,14 @@ def show(trainer, tokenizer, pair):
     s, model = trainer.settings, trainer.model
     prompt, source = pair.ids[:pair.start], tokenizer.text_of(pair.ids[:pair.start])
     constraints = constraints_of(model, tokenizer, paper.banned_after(s.data))
-    print(f"\nsource     {source}")
+    print(f"\n{labelled('source', source)}")
     outputs = {"no prefix": (model, None)} if s.method == "prefix" else {}
     outputs[s.method] = run_directory.load_learned(s.out, model)
     for name, (model, prefix) in outputs.items():
         ids, = generate(model, [prompt], constraints, prefix)
-        print(f"{name:10} {tokenizer.text_of(ids)}")
-    print(f"reference  {tokenizer.text_of(pair.ids[pair.start:])}\n\n"
-          f"decode with: python sample.py --run {s.out} {shlex.quote(source)}")
+        print(labelled(name, tokenizer.text_of(ids)))
+    print(labelled("reference", tokenizer.text_of(pair.ids[pair.start:])))
+    print(f"\ndecode with: {command('sample.py', '--run', s.out, text=source)}")
 
 
 def main(argv=None):
@@ -315,7 +310,7 @@ def main(argv=None):
     settings = settings_for(model, settings)
     if forms:
         forms.set_attention(settings.attention, model)
-    start = None if settings.resume else starting_point(settings, model, tokenizer)
+    start = None if settings.resume else run_directory.starting_point(settings, model, tokenizer)
     if start is not None:
         settings = dataclasses.replace(settings, **flags_of(start, model, settings))
     pairs, dev = encode_examples(*examples, settings, model, tokenizer)
@@ -337,11 +332,15 @@ def main(argv=None):
         run_directory.save_config(settings, summary, model)
     began = time.perf_counter()
     if not train(trainer):
-        print(f"stopped after step {trainer.step}; go on with: python train.py --resume "
-              f"{settings.out}")
+        print(f"stopped after step {trainer.step}; go on with: "
+              f"{command('train.py', '--resume', settings.out)}")
         return
+    seconds = time.perf_counter() - began
+    if settings.method == "prefix":
+        print("lower is better, 0 is perfect; the frozen model without a prefix has "
+              f"{trainer.dev_loss(model.empty_prefix()):.3f}")
     print(f"dev loss {trainer.first_loss:.3f} -> {trainer.best_loss:.3f} per target token, "
-          f"{time.perf_counter() - began:.0f} s")
+          f"{seconds:.0f} s")
     show(trainer, tokenizer, dev[0])
 
 

@@ -1,10 +1,10 @@
-"""The files of the data sets, read and written out as text: E2E, WebNLG 2017, DART, and your own.
+"""The files of the data sets, read and written out as text: E2E, WebNLG 2017, DART; JSON lines.
 
 Every reader takes a path and yields rows (where, source, targets, topic): the file and the line, or
 the entry of a file that is one document; a table as one line of text, its references, its category
 where it has one. The lines of text are those of the paper's official code. A reader looks at the
 layout only: example.py looks at the texts. What is malformed is a ValueError.
-Not here: where the files are and which split is which (tasks.py).
+Not here: where the files are and which split is which (tasks.py), your own (own.py).
 """
 import contextlib
 import csv
@@ -142,12 +142,12 @@ def e2e_source(table, where):
     return " | ".join(parts)
 
 
-def csv_rows(path):
+def csv_rows(path, delimiter=","):
     """(number of its first line, fields) of every row; a quoted field may span several lines.
 
     A line without anything is no row: some editors leave one at the end.
     """
-    rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True, delimiter=delimiter)
     line = 1
     try:
         for row in rows:
@@ -265,18 +265,25 @@ def read_dart(path):
                                 in checked_triples(triples, where)), texts, ""
 
 
-# ---- Your own: one {"source": ..., "target": ..., "topic": ...} a line
+# ---- JSON lines: one object a line
 
-def json_objects(path, need):
+ADVICE = "rename or add what is missing"
+
+
+def check_keys(row, need, where, advice):
+    """Raise ValueError where `row` is no object with the keys in `need`."""
+    if not isinstance(row, dict) or not set(need) <= row.keys():
+        got = (f"the keys {short(list(row))}" if isinstance(row, dict) else
+               f"a {type(row).__name__}, {short(row)}")
+        raise ValueError(f"{where}: got {got}, expected an object with "
+                         + " and ".join(f'"{key}"' for key in need) + f"; {advice}")
+
+
+def json_objects(path, need, advice=ADVICE):
     """(where, object) for every line of a JSONL file; each has the keys in `need`."""
     row = None
     for where, row in json_lines(path):
-        if not isinstance(row, dict) or not set(need) <= row.keys():
-            got = (f"the keys {short(list(row))}" if isinstance(row, dict) else
-                   f"a {type(row).__name__}, {short(row)}")
-            raise ValueError(f"{where}: got {got}, expected an object with "
-                             + " and ".join(f'"{key}"' for key in need)
-                             + " on each line; rename or add what is missing")
+        check_keys(row, need, where, advice)
         yield where, row
     if row is None:
         raise ValueError(f"{path}: got an empty file, expected one JSON object a line")
@@ -285,9 +292,3 @@ def json_objects(path, need):
 def as_list(value):
     """One text, or a list of them, as a list."""
     return value if isinstance(value, list) else [value]
-
-
-def read_jsonl(path):
-    """A row for each line: "target" is a text or a list of texts. Other keys are left alone."""
-    for where, row in json_objects(path, ("source", "target")):
-        yield where, row["source"], as_list(row["target"]), row.get("topic")

@@ -7,10 +7,11 @@ import dataclasses
 import hashlib
 import itertools
 import random
-
-from tqdm import tqdm
+from pathlib import Path
 
 from data import causal, seq2seq, tasks
+from data.toy_world.text import known_share
+from utils.terminal import progress
 
 
 def pairs_of(model):
@@ -26,7 +27,8 @@ def dev_batches(pairs, batch_size, model):
 
 def load_examples(settings):
     """(train, dev): the Examples to learn from and those of the dev set, by train.py's settings."""
-    train, dev = tasks.train_and_dev(settings.data, settings.data_dir or None)
+    keys = settings.source_key, settings.target_key
+    train, dev = tasks.train_and_dev(settings.data, settings.data_dir or None, keys=keys)
     if settings.examples > len(train):
         raise ValueError(f"got --examples {settings.examples}; expected at most {len(train)}, the "
                          f"sources of {settings.data}")
@@ -48,13 +50,27 @@ def settings_for(model, settings):
     return s
 
 
+def about_the_toy(settings, examples):
+    """What a bundled model is and is not for, where its texts are not its world's; else ""."""
+    name = Path(settings.model).name
+    if name not in ("tiny-gpt2", "tiny-bart") or settings.data in tasks.WORLDS:
+        return ""
+    share = known_share(text for e in examples for text in (e.source, *e.targets))
+    return (f"{name} is a toy: it has read about an invented world only and has ever seen "
+            f"{share:.0%} of the words of {settings.data}. With it you see that a prefix learns "
+            "(--lr 3e-3; look at the loss), not good texts. For these take a real model, "
+            "--model smollm2 (docs/llama.md) or --model gpt2")
+
+
 def encode_examples(train, dev, settings, model, tokenizer):
     """(train, dev) as Pairs of tokens that fit the model, of dev the sample that is evaluated."""
-    kind, pairs = pairs_of(model), []
+    kind, pairs, note = pairs_of(model), [], about_the_toy(settings, train)
+    if note:
+        print(note)
     limit = kind.token_limit(model, settings.prefix_len or 0, settings.max_source,
                              settings.max_target)
     for split, examples in (("train", train), ("dev", dev)):
-        bar = tqdm(examples, f"{split} as tokens", unit="example", disable=None, leave=False)
+        bar = progress(examples, unit="example", name=f"{split} as tokens", leave=False)
         encoded, note = kind.encode(bar, tokenizer, limit)
         pairs.append(encoded)
         if note:

@@ -10,12 +10,13 @@ import dataclasses
 import itertools
 from pathlib import Path
 
-from data import summaries
+from data import own, summaries
+from utils.terminal import command
 
 # Flags of train.py that only a prefix has.
 PREFIX_ONLY = ("prefix_len", "prefix_layers", "prefixes", "mid_dim", "init", "init_text",
                "start_from")
-OTHER = "all others, your own .jsonl too"
+OTHER = "all others, your own too"
 XSUM = dict(lr=5e-5, epochs=30, batch_size=14, prefix_len=100, mid_dim=800)         # of BART
 TRAINING = {
     "prefix": {
@@ -96,8 +97,12 @@ def contradictions_in(s):
          "fp32 or bf16: a loss scale helps gradients, not the steps of weights; use --dtype fp32"),
         (not words and s.init_text != defaults["init_text"], f"--init-text with --init {s.init}",
          "it with --init words; leave it out" + ("" if s.start_from else ", or add that")),
+        ((s.source_key, s.target_key) != own.KEYS and not own.is_own(s.data),
+         f"--source-key or --target-key with the data {s.data or 'world'}",
+         "them with your own data; leave them out"),
         (s.out and Path(s.out).exists(), f"--out {s.out}, which exists",
-         f"a new directory; choose another, or go on with `--resume {s.out}`"))
+         "a new directory; choose another, or go on with "
+         f"`{command('train.py', '--resume', s.out)}`"))
 
 
 def resolve_training(args):
@@ -112,15 +117,15 @@ def resolve_training(args):
     if not s.data:
         s.data = "world-headlines" if s.model == "tiny-bart" else "world"
     duration = s.epochs, s.steps
-    own = f"{Path(s.model).name} {s.data}"          # some models have their own
-    fill_in(s, TRAINING[s.method], own if own in TRAINING[s.method] else s.data, args.given)
+    both = f"{Path(s.model).name} {s.data}"         # some models have their own
+    fill_in(s, TRAINING[s.method], both if both in TRAINING[s.method] else s.data, args.given)
     if any(duration):                   # given: then the data set's own does not count
         s.epochs, s.steps = duration
     s.mid_dim = 512 if s.mid_dim is None else s.mid_dim
     if s.method != "prefix" and s.dtype == "auto":
         s.dtype = "fp32"                # steps of 1e-5 would be rounded away in bf16 weights
     if not s.out:
-        name = f"out/{Path(s.model).name}-{Path(s.data).name.removesuffix('.jsonl')}"
+        name = f"out/{Path(s.model).name}-{own.name_of(s.data)}"
         name += "" if s.method == "prefix" else f"-{s.method}"
         names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
         s.out = next(free for free in names if not Path(free).exists())

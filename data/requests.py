@@ -1,7 +1,8 @@
-"""What sample.py has to decode: the sources of a file, and which run answers each."""
+"""What sample.py has to decode, and its answers: the sources of a file, which run answers each."""
+import json
 from pathlib import Path
 
-from data import formats
+from data import formats, own
 from data.example import check_text, short
 
 
@@ -12,7 +13,8 @@ def find_run(name, runs, where):
     """
     if name is None and len(runs) <= 1:
         return runs[0] if runs else None
-    fits = [run for run in runs if name in (run, Path(run).name)]
+    fits = [run for run in runs if isinstance(name, str)
+            and Path(name) in (Path(run), Path(Path(run).name))]        # out/A/ is out/A
     if len(fits) != 1:
         raise ValueError(f"{where}: got the run {short(name)}; expected one of {', '.join(runs)}; "
                          'write it as in --run, {"source": ..., "run": ...}')
@@ -33,14 +35,14 @@ def plain_lines(path):
     yield where, line.rstrip()
 
 
-def read_requests(path, runs):
+def read_requests(path, runs, key="source"):
     """(source, the run that answers it) of a file, one after the other: of its lines, or of the
-    "source" and "run" of each line where it is JSON lines. Raises ValueError for a line that is no
+    `key` and "run" of each object where own.py reads it. Raises ValueError for a line that is no
     source: left out, a blank one would shift all texts after it.
     """
-    if path.name.removesuffix(".gz").endswith(".jsonl"):
-        rows = ((where, row["source"], find_run(row.get("run"), runs, where))
-                for where, row in formats.json_objects(path, ("source",)))
+    if own.suffix_of(path) in own.SUFFIXES:
+        rows = ((where, row[key], find_run(row.get("run"), runs, where))
+                for where, row in own.objects(path, (key,)))
     elif len(runs) > 1:
         raise ValueError(f"got --input {path} and several --run; expected a .jsonl file whose "
                          'lines name their run, {"source": ..., "run": ...}')
@@ -49,3 +51,12 @@ def read_requests(path, runs):
     for where, source, run in rows:
         check_text(source, "source", where)
         yield source, run
+
+
+def answer_line(source, text, run=None, as_json=False):
+    """The line of a file for a text: the text, or an object with its source, and its run if given.
+    """
+    if not as_json:
+        return " ".join(text.splitlines()) + "\n"
+    row = {"source": source, "text": text} | ({"run": run} if run else {})
+    return json.dumps(row, ensure_ascii=False) + "\n"

@@ -9,10 +9,9 @@ Not here: the formats of the files (formats.py), summarising (summaries.py), the
 (toy_world/), how long a text may be (causal.py, seq2seq.py).
 """
 import difflib
-import hashlib
 from pathlib import Path
 
-from data import formats, summaries
+from data import formats, own, summaries
 from data.example import examples, gather, without_blanks
 from data.toy_world import headlines, tables
 from utils.files import download
@@ -96,66 +95,22 @@ def official_file(name, split, data_dir):
                      "--data-dir out")
 
 
-def is_own(name):
-    """Whether `name` is the path of your own file."""
-    return name.removesuffix(".gz").endswith(".jsonl")
-
-
-def stem_of(path):
-    """The path of your own file without its endings."""
-    return path.name.removesuffix(".gz").removesuffix(".jsonl")
-
-
-def held_out(found, path, seed):
-    """The sources of your own file `path` that are its dev: a tenth, at least 1, at most 500.
-
-    Chosen by a hash of the source: the order of the lines does not matter, and lines with the same
-    source are never on both sides.
-    """
-    sources = sorted({example.source for example in found},
-                     key=lambda source: hashlib.sha256(f"{seed} {source}".encode()).digest())
-    if len(sources) == 1:
-        raise ValueError(f"{path}: got one distinct source, expected two, so that one can be held "
-                         f"out for dev; add lines, or put {stem_of(path)}.dev.jsonl beside it")
-    return set(sources[:min(500, max(1, len(sources) // 10))])
-
-
-def own_splits(path, splits, seed):
-    """The Examples of each of `splits` of your own file, say my.jsonl, which is read once.
-
-    test is my.test.jsonl beside it. dev is my.dev.jsonl beside it; where there is none, it is what
-    `held_out` says, and not in train.
-    """
-    beside = {part: formats.find(path.parent, (f"{stem_of(path)}.{part}.jsonl",))
-              for part in ("dev", "test")}
-    if not path.is_file():
-        raise ValueError(f"got {path}, which is no file, expected JSONL; check the path")
-    if "test" in splits and not beside["test"]:
-        raise ValueError(f"got no test split for {path}, expected {stem_of(path)}.test.jsonl "
-                         "beside it; put it there, or choose the split dev")
-    files = {split: beside.get(split) or path for split in splits}
-    found = {file: gather(examples(formats.read_jsonl(file)))
-             for file in dict.fromkeys(files.values())}
-    dev = set() if beside["dev"] or path not in found else held_out(found[path], path, seed)
-    return [[e for e in found[file] if file != path or (e.source in dev) == (split == "dev")]
-            for split, file in files.items()]
-
-
-def train_and_dev(name, data_dir=None, seed=0):
+def train_and_dev(name, data_dir=None, seed=0, keys=own.KEYS):
     """`load` of both splits."""
-    if is_own(name):
-        return own_splits(Path(name), ("train", "dev"), seed)
+    if name not in NAMES and own.is_own(name):
+        return own.load(name, ("train", "dev"), seed, keys)
     return [load(name, split, data_dir, seed) for split in ("train", "dev")]
 
 
-def load(name, split, data_dir=None, seed=0):
+def load(name, split, data_dir=None, seed=0, keys=own.KEYS):
     """The Examples of one split, "train", "dev" or "test", of a task.
 
-    name: one of NAMES, or the path of your own .jsonl or .jsonl.gz file. The micro-world's test is
+    name: one of NAMES, or the path of your own file or folder (own.py). The micro-world's test is
     its "test-seen" and "test-unseen" together; it has its own further splits (toy_world/tables.py).
     data_dir: a folder with the official files, or with e2e/, webnlg/, dart/ in it; None downloads,
     but what summaries.py reads is not downloaded.
-    seed: of the part held out of a JSONL file, and of the micro-world. It is not the seed of the
+    keys: what your own file calls source and target.
+    seed: of the part held out of your own file, and of the micro-world. It is not the seed of the
     training: runs with different seeds learn from the same data and are judged on the same dev.
     """
     if name in WORLDS:
@@ -169,9 +124,7 @@ def load(name, split, data_dir=None, seed=0):
         return [example for part in parts for example in tables.task(style, part, seed=seed)]
     if split not in SPLITS:
         raise ValueError(f"got the split {split!r}, expected one of {guess(split, SPLITS)}")
-    if is_own(name):
-        path, (found,) = Path(name), own_splits(Path(name), (split,), seed)
-    elif name in summaries.NAMES:
+    if name in summaries.NAMES:
         path, rows = data_dir, summaries.rows_of(name, split, data_dir)
         found = examples(rows if name == "dialogsum" else without_blanks(rows, path))
     elif name in NAMES:
@@ -179,8 +132,10 @@ def load(name, split, data_dir=None, seed=0):
         found = (gather(examples(formats.read_e2e(path))) if name == "e2e" else
                  examples(without_blanks(formats.read_dart(path), path)) if name == "dart" else
                  examples(formats.read_webnlg(path, good_only=split == "train")))
+    elif own.is_own(name):
+        path, (found,) = name, own.load(name, (split,), seed, keys)
     else:
-        raise ValueError(f"got the data {name!r}, expected the path of a .jsonl file or one of "
+        raise ValueError(f"got the data {name!r}, expected {own.FORMS}, or one of "
                          + guess(name, NAMES))
     if not found:
         raise ValueError(f"{path}: got no example, expected at least one; take the official file")

@@ -18,6 +18,7 @@ from pretrained.hugging_face import convert
 from pretrained.load import WEIGHTS
 from pretrained.peft_adapter import read_peft, write_peft
 from utils.cli import flag, parse, run_program
+from utils.terminal import command
 
 KNOWN = (*NAMES, *PACKAGES)
 
@@ -48,8 +49,9 @@ def convert_prefix(settings):
         raise ValueError("got --from-peft; expected --out out/NAME beside it, and --model; `python "
                          "-m pretrained.convert --from-peft DIR --model gpt2 --out out/NAME`")
     read_peft(settings.from_peft, settings.out, settings.model)
-    print(f"wrote {settings.out}; decode with: python sample.py --run {settings.out}\n"
-          f"train on with: python train.py --start-from {settings.out} --data ...")
+    print(f"wrote {settings.out}; decode with: "
+          f"{command('sample.py', '--run', settings.out)}\ntrain on with: "
+          f"{command('train.py', '--start-from', settings.out, '--data')} ...")
 
 
 def main(argv=None):

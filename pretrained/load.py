@@ -19,12 +19,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
 
 
 def decide_device(device, dtype):
-    """(torch device, torch dtype) by --device and --dtype; prints both, and why, on stderr.
+    """(torch device, torch dtype) by --device and --dtype; prints both on stderr, and why it
+    chose one.
 
     Raises ValueError for a device that PyTorch cannot use here.
     """
     cuda = torch.cuda.is_available()
-    why = ("asked for" if device != "auto" else "there is one" if cuda else "no CUDA device here")
+    why = ("" if device != "auto" else " (there is one)" if cuda else " (no CUDA device here)")
     name = ("cuda" if cuda else "cpu") if device == "auto" else device
     try:
         device = torch.device(name)
@@ -33,11 +34,11 @@ def decide_device(device, dtype):
         raise ValueError(f"got --device {name}, which PyTorch cannot use here (it sees "
                          f"{torch.cuda.device_count()} CUDA devices); use --device cpu") from error
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    because = ("asked for" if dtype != "auto" else "fast here" if fast else
-               "no fast bf16 on this GPU; --dtype fp16 may be faster" if device.type == "cuda" else
-               "no fast bf16 known here")
+    because = ("" if dtype != "auto" else " (fast here)" if fast else
+               " (no fast bf16 on this GPU; --dtype fp16 may be faster)" if device.type == "cuda"
+               else " (no fast bf16 known here)")
     dtype = ("bf16" if fast else "fp32") if dtype == "auto" else dtype
-    print(f"device {device} ({why}), weights in {dtype} ({because})", file=sys.stderr)
+    print(f"device {device}{why}, weights in {dtype}{because}", file=sys.stderr)
     return device, DTYPES[dtype]
 
 

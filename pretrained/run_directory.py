@@ -72,6 +72,17 @@ def load_prefix(path, model):
     return prefix
 
 
+def starting_point(settings, model, tokenizer):
+    """The keys and values that train.py starts from, folded: those of the run --start-from, or of
+    the words of --init words; None: at random.
+    """
+    if settings.start_from:
+        return load_prefix(Path(settings.start_from) / "prefix.pt", model)
+    if settings.init == "words":
+        return model.prefix_from_tokens(tokenizer.encode(f" {settings.init_text}"))
+    return None
+
+
 # ---- a finished run
 
 def run_settings(directory):

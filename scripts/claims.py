@@ -20,7 +20,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import sample
 from data.toy_world import tables
@@ -29,6 +28,7 @@ from scripts.draw_claims import SMALL, TINY, TUNED
 from scripts.results import append_rows, read_rows, write_rows
 from scripts.scores import DEFAULT, sacrebleu_scores
 from utils.cli import flag, parse, run_program
+from utils.terminal import progress
 
 HERE = Path(__file__).parent.parent
 STEPS = {50: 200, 100: 200, 200: 200, 500: 400, 2000: 600}      # tables to learn from -> steps
@@ -165,7 +165,8 @@ def main(argv=None):
     with concurrent.futures.ProcessPoolExecutor(settings.jobs or os.cpu_count(),
                                                 multiprocessing.get_context("spawn")) as pool:
         waiting = [pool.submit(carry_out, job) for job in jobs]
-        for future in tqdm(concurrent.futures.as_completed(waiting), total=len(jobs), unit="run"):
+        finished = concurrent.futures.as_completed(waiting)
+        for future in progress(finished, total=len(jobs), unit="run"):
             append_rows(results, [future.result() | about])
     if not settings.no_picture:
         draw_claims.main(["--results", str(results)])

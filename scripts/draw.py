@@ -10,15 +10,13 @@ import base64
 import dataclasses
 import html
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")         # before torch, as in train.py
-import torch  # noqa: E402
+import torch
 
 import sample
-from data import tasks
+from data import own, tasks
 from data.pairs import pairs_of
 from prefix import tensors_of
 from scripts.attention_shares import attention_shares
@@ -251,7 +249,8 @@ def main(argv=None):
     about = json.loads((Path(s.run) / "config.json").read_text("utf-8"))
     settings, log = about["settings"], read_rows(Path(s.run) / "log.jsonl")
     examples = spread(tasks.load(s.data or settings["data"], "dev", s.data_dir
-                                 or settings["data_dir"] or None), s.examples)
+                                 or settings["data_dir"] or None, keys=own.keys_of(settings)),
+                      s.examples)
     prefix, = generator.prefixes.values()
     shares, tokens = shares_of(generator, prefix, examples,
                                (settings.get("max_source"), settings.get("max_target")))

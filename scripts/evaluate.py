@@ -13,10 +13,8 @@ import os
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 import sample
-from data import paper, tasks
+from data import own, paper, tasks
 from data.batches import group_by
 from data.toy_world import headlines, tables
 from prefix import tensors_of
@@ -26,25 +24,31 @@ from scripts.results import append_rows, read_rows, write_rows
 from scripts.scores import DEFAULT, RULES, score
 from utils.cli import flag, parse, run_program
 from utils.files import atomic_write
+from utils.terminal import progress
 
 
 @dataclasses.dataclass
 class Settings:
-    run: str = flag("", "directory of a training run, out/NAME")
+    run: str = flag("", "directory of a training run, out/NAME",
+                    group="run and data: python -m scripts.evaluate --run out/NAME --split dev")
     split: str = flag("test", "train, dev or test")
-    data: str = flag("", "another data set than the one of the run, by name or .jsonl")
+    data: str = flag("", "another data set than the one of the run, by name or your own")
     data_dir: str = flag("", "read the data set from here; left out: as the run did")
-    examples: int = flag(0, "the first so many tables only; 0: all", within=(0, 10 ** 9))
+    source_key: str = flag("", "as in train.py; left out: as the run did")
+    target_key: str = flag("", "as in train.py; left out: as the run did")
+    examples: int = flag(0, "the first so many sources only; 0: all", within=(0, 10 ** 9))
     topics: bool = flag(False, "score each topic by itself, too")
     num_beams: int = flag(None, "as in sample.py; left out: by the data set, see there",
-                          kind=int, within=(1, 1000), alias="beam")
+                          kind=int, within=(1, 1000), alias="beam",
+                          group="search: python -m scripts.evaluate --run out/NAME --num-beams 5")
     length_penalty: float = flag(None, "as in sample.py", kind=float, within=(-100, 100))
     max_new_tokens: int = flag(None, "as in sample.py", kind=int, within=(1, 100_000),
                                alias="max-new")
     min_new_tokens: int = flag(None, "as in sample.py", kind=int, within=(0, 100_000),
                                alias="min-new")
     no_repeat_ngram_size: int = flag(0, "as in sample.py", within=(0, 100_000), alias="no-repeat")
-    batch_size: int = flag(16, "tables decoded at once", within=(1, 100_000))
+    batch_size: int = flag(16, "sources decoded at once", within=(1, 100_000),
+                           group="device: python -m scripts.evaluate --run out/NAME --device cpu")
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     dtype: str = flag("auto", "of the frozen weights; auto: bf16 on a GPU that has it, else fp32",
                       choices=["auto", "fp32", "bf16", "fp16", "fp64"])
@@ -90,8 +94,7 @@ def decode(generator, examples, path, about, batch_size):
     write_rows(path, [about, *rows])
     if rows:
         print(f"{path}: {len(rows)} texts are there already", file=sys.stderr)
-    with tqdm(total=max(len(examples), len(rows)), initial=len(rows), unit="table",
-              disable=None) as bar:
+    with progress(total=max(len(examples), len(rows)), initial=len(rows), unit="source") as bar:
         for i in range(len(rows), len(examples), batch_size):
             batch = examples[i:i + batch_size]
             new = [{"source": e.source, "text": text, "topic": e.topic, "references": e.targets}
@@ -148,8 +151,11 @@ def scores_of(data, examples, outputs):
     return {"tables": len(examples)} | numbers, missing
 
 
-def table(scores, missing):
-    """The scores of every part as lines of text, a column each; "-" for one that is missing."""
+def table(scores, missing, unit="tables"):
+    """The scores of every part as lines of text, a column each; "-" for one that is missing.
+
+    unit: what its first column counts.
+    """
     columns = list(dict.fromkeys(name for found in (*scores.values(), *missing.values())
                                  for name in found))
     width = max(map(len, scores)) + 2
@@ -158,7 +164,7 @@ def table(scores, missing):
         return name.ljust(width) + "".join(
             cell.rjust(7 if column == "tables" else max(8, len(column) + 2))
             for column, cell in zip(columns, cells))
-    lines = [line("", columns)]
+    lines = [line("", (unit if c == "tables" else c for c in columns))]
     for part, numbers in scores.items():
         lines.append(line(part, (str(numbers[c]) if c == "tables" else
                                  f"{numbers[c]:.2f}" if c in numbers else "-" for c in columns)))
@@ -184,7 +190,9 @@ def main(argv=None):
     trained = run_settings(settings.run)
     data = settings.data or trained.get("data", "")
     data_dir = settings.data_dir or trained.get("data_dir") or None
-    examples = tasks.load(data, settings.split, data_dir)
+    keys = [getattr(settings, f"{name}_key") or key
+            for name, key in zip(own.KEYS, own.keys_of(trained))]
+    examples = tasks.load(data, settings.split, data_dir, keys=keys)
     examples = examples[:settings.examples or None]
     paper.fill_in(settings, paper.DECODING, data)       # of the data that are decoded
     generator = sample.Generator(sample.Settings(
@@ -197,7 +205,7 @@ def main(argv=None):
     for part, rows in parts_of(data, examples, settings.topics).items():
         scores[part], missing[part] = scores_of(data, [examples[i] for i in rows],
                                                 [outputs[i] for i in rows])
-    print(table(scores, missing))
+    print(table(scores, missing, "tables" if data in paper.ONE_LINE else "sources"))
     for line in reasons(missing):
         print(line, file=sys.stderr)
     with atomic_write(path.with_suffix(".scores.json"), "w") as file:

@@ -268,7 +268,8 @@ SCORERS = {"BLEU": functools.partial(sacrebleu_scores, names=["BLEU"]),
 def reason(error):
     """Why a score is not there, in one line."""
     if isinstance(error, ModuleNotFoundError) and error.name:
-        return f"{error.name.split('.')[0]} is not installed"
+        name = error.name.split(".")[0]
+        return f"{name} is not installed; `pip install {name}`"
     kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__} "
     return " ".join(f"{kind}{error}".split())[:200] or type(error).__name__
 

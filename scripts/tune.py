@@ -15,14 +15,15 @@ import io
 import itertools
 import math
 import random
-import shlex
 import shutil
 from pathlib import Path
 
 import train
+from data import own
 from data.pairs import load_examples
 from scripts.results import read_rows, write_rows
 from utils.cli import flag, parse, run_program
+from utils.terminal import command
 
 FEW = 500               # sources: the largest of the paper's low-data sizes
 # Flags of train.py that are decided here; the last four cannot be given.
@@ -33,7 +34,9 @@ OWN = ("lr", "prefix_len", "steps", "out", "rates", "lengths", "epochs", "dev_ev
 @dataclasses.dataclass
 class Settings(train.Settings):
     rates: list = flag([], "learning rates to try, repeatable; left out: 3e-4, 1e-3, 3e-3, or --lr",
-                       kind=float, within=(1e-12, 1e30))
+                       kind=float, within=(1e-12, 1e30),
+                       group="grid: python -m scripts.tune --data my.jsonl --model "
+                             "gpt2 --rates 5e-4 --rates 2e-3 --lengths 10")
     lengths: list = flag([], "prefix lengths to try, repeatable; left out: 5, 10, 20, or "
                              "--prefix-len", kind=int, within=(1, 10_000))
     steps: int = flag(100, "steps of the longest runs, a multiple of 4", within=(4, 10 ** 9))
@@ -76,6 +79,7 @@ def common_words(args, folder):
                                        for e in part))
             print(f"few examples: {len(part)} in {folder / name}")
         s.data, s.data_dir, s.examples = str(folder / "few.jsonl"), "", 0
+        s.source_key, s.target_key = own.KEYS
     return [*words(s, (field.name for field in dataclasses.fields(train.Settings)
                        if getattr(s, field.name) != field.default)),
             "--steps", str(args.steps), "--dev-every", str(args.steps // 4)]
@@ -127,7 +131,7 @@ def main(argv=None):
     if refused:
         raise ValueError(f"got --{refused[0].replace('_', '-')}; expected --steps alone to say how "
                          "long the runs are, a multiple of 4; change it, or leave it out")
-    name = "-".join(Path(x).name.removesuffix(".jsonl") for x in (args.model, args.data) if x)
+    name = "-".join(own.name_of(x) for x in (args.model, args.data) if x)
     folder = Path(args.out or f"out/tune-{name}")
     common, choices = common_words(args, folder), grid(args)
     about = {"common": common, "grid": choices}
@@ -148,7 +152,7 @@ def main(argv=None):
         raise ValueError(f"got no finite loss with the rates {rates}; give lower --rates")
     if rates[0] != rates[-1] and best[1] in (rates[0], rates[-1]):
         print("the best rate is at an end of the grid: try others with --rates")
-    print("go on with:", shlex.join(["python", "train.py", *words(args, args.given), *best]))
+    print("go on with:", command("train.py", *words(args, args.given), *best))
 
 
 if __name__ == "__main__":

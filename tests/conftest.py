@@ -1,5 +1,6 @@
 """What the tests share: small random models, a tokenizer that knows bytes only, real data."""
 import base64
+import collections
 import os
 import sys
 from pathlib import Path
@@ -28,6 +29,17 @@ collect_ignore_glob = [f"{room}/*" for room in ROOMS if not (ROOT / room).exists
 def pytest_collection_modifyitems(items):
     """The proof comes first."""
     items.sort(key=lambda item: item.path.name != "test_only_the_prefix_learns.py")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Why tests were skipped: a line for each reason, with how many."""
+    reasons = collections.Counter(
+        report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else
+        str(report.longrepr) for report in terminalreporter.stats.get("skipped", ()))
+    if reasons:
+        terminalreporter.section("skipped")
+    for reason, n in reasons.most_common():
+        terminalreporter.line(f"{n:4}  {reason}")
 
 
 def random_gpt2(vocab_size=257, n_positions=64, n_embd=24, n_layer=3, n_head=4, seed=0):

@@ -3,6 +3,7 @@ import dataclasses
 import hashlib
 import http.server
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -108,6 +109,22 @@ def test_help_names_every_flag_with_its_default(capsys):
     assert "--mid-dim" in out and "100 %" in out and "(default: 5)" in out
     assert "tokens at most (1 to 1,000)" in out
     assert "rises (default: 0)" in out and "(default: False)" not in out
+
+
+@pytest.mark.parametrize("program", [train, sample])
+def test_help_has_groups_and_each_an_example_that_is_understood(program, capsys):
+    """Would catch: a page of forty flags in one heap, an example with a flag that has gone."""
+    examples = [field.metadata["group"].split(": ", 1)[1]
+                for field in dataclasses.fields(program.Settings) if field.metadata["group"]]
+    assert len(examples) >= 4
+    with pytest.raises(SystemExit):
+        parse(program.Settings, ["--help"], "", "prompt")
+    out = capsys.readouterr().out
+    for example in examples:
+        assert f"  example: {example}\n" in out
+        python, name, *argv = shlex.split(example)
+        assert (python, name) == ("python", f"{program.__name__}.py")
+        assert parse(program.Settings, argv, "", "prompt").given
 
 
 # ---- errors

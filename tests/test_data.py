@@ -263,14 +263,14 @@ def test_sources_alone_can_be_read(tmp_path):
     """Would catch decoding that asks for the targets it is there to write."""
     path = write(tmp_path / "in.jsonl", jsonl({"source": "a"}, {"source": "b", "target": 3}))
     assert list(read_requests(path, [])) == [("a", None), ("b", None)]
-    assert 'expected an object with "source" on each line;' in error_of(
+    assert 'expected an object with "source"; rename' in error_of(
         lambda: list(read_requests(write(path, jsonl({"target": "a"})), [])))
 
 
 # ---- names and files
 
 @pytest.mark.parametrize("name, split, words", [
-    ("webnl", "train", "did you mean webnlg?"), ("data.csv", "train", ".jsonl file or one of"),
+    ("webnl", "train", "did you mean webnlg?"), ("data.cvs", "train", "folder of such, or one of"),
     ("e2e", "valid", "expected one of train, dev, test"), ("e2e", "tests", "did you mean test?"),
     ("no/such.jsonl", "train", "which is no file"), ("world", "tset", "did you mean test?"),
 ])

@@ -34,7 +34,7 @@ from model import ExplicitAttention
 from prefix import target_loss
 from pretrained.architectures import flags_of
 from pretrained.load import load_model
-from pretrained.run_directory import load_prefix, run_settings, save_config
+from pretrained.run_directory import load_prefix, run_settings, save_config, starting_point
 from train import Settings, Trainer
 from utils.cli import parse, stop_after_this_step
 
@@ -190,7 +190,7 @@ def test_words_are_what_a_run_from_words_starts_as(model_directory):
     """
     model, tokenizer = load_model(str(model_directory), "cpu", "fp32")
     settings = Settings(init="words", init_text="sum up:", mid_dim=0)
-    start = train.starting_point(settings, model, tokenizer)
+    start = starting_point(settings, model, tokenizer)
     settings = dataclasses.replace(settings, **flags_of(start, model, settings))
     expected = model.prefix_from_tokens(tokenizer.encode(" sum up:"))
     assert torch.equal(train.make_learner(settings, model, start)(), expected)

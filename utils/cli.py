@@ -20,12 +20,13 @@ import sys
 TRACEBACK = "PREFIX_TUNING_TRACEBACK"
 
 
-def flag(default, text, choices=None, kind=None, within=None, alias=None):
+def flag(default, text, choices=None, kind=None, within=None, alias=None, group=None):
     """A field of a settings dataclass: its default, its help text, and the values it may take, as
     `choices` or as `within`, the lowest and the highest number. alias: a second name of the flag.
+    group: "title: example", where a group of flags begins in --help.
     """
     metadata = {"help": text, "choices": choices, "kind": kind or type(default), "within": within,
-                "alias": alias}
+                "alias": alias, "group": group}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -76,8 +77,11 @@ def parse(settings, argv, description, positional=None, notes=""):
                             description=description, epilog=notes, allow_abbrev=False,
                             formatter_class=argparse.RawDescriptionHelpFormatter,
                             argument_default=argparse.SUPPRESS)
-    flags, aliases = {}, {}
+    flags, place = [], parser
     for field in dataclasses.fields(settings):
+        if field.metadata["group"]:
+            title, example = field.metadata["group"].split(": ", 1)
+            place = parser.add_argument_group(title, f"example: {example}")
         kind, choices = field.metadata["kind"], field.metadata["choices"]
         repeated = field.default is dataclasses.MISSING
         plain = repeated or field.default in (None, "") or field.default is False
@@ -87,20 +91,19 @@ def parse(settings, argv, description, positional=None, notes=""):
         about = {"help": (field.metadata["help"] + (f" ({ends})" if ends else "")).replace(
             "%", "%%")}
         if field.name == positional:
-            parser.add_argument(field.name, nargs="?", **about)
+            place.add_argument(field.name, nargs="?", **about)
             continue
-        flags["--" + field.name.replace("_", "-")] = about | {"dest": field.name} | (
+        names = ["--" + name.replace("_", "-") for name in (field.name, field.metadata["alias"])
+                 if name]
+        flags += names
+        place.add_argument(*names, dest=field.name, **about, **(
             {"action": "store_true"} if kind is bool else
             {"action": "append", "type": str if kind is list else kind} if repeated else
-            {"type": kind, "choices": choices})
-        if field.metadata["alias"]:
-            aliases["--" + field.metadata["alias"]] = "--" + field.name.replace("_", "-")
-    for name, about in flags.items():
-        parser.add_argument(name, *(a for a, own in aliases.items() if own == name), **about)
+            {"type": kind, "choices": choices}))
     known, unknown = parser.parse_known_args(argv)
     given = vars(known)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], [*flags, *aliases], 1)
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
         raise ValueError(f"unknown argument {unknown[0]!r}; "
                          + (f"did you mean {near[0]}? " if near else "")
                          + f"`{parser.prog} --help` lists every flag")
@@ -141,6 +144,11 @@ def run_program(main, saving_flags="a smaller --batch-size"):
     except BaseException as error:          # a panic of a package in Rust is no Exception
         if os.environ.get(TRACEBACK):
             raise
+        package = error.name if isinstance(error, ModuleNotFoundError) else None
+        if package and "." not in package:      # with a dot, a package's part or ours: a bug
+            print(f"error: got no package {package}, expected it; `pip install {package}`",
+                  file=sys.stderr)
+            sys.exit(2)
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         if out_of_memory(error):
             print(f"error: out of memory ({first}); try {saving_flags}", file=sys.stderr)

@@ -11,7 +11,7 @@ import tempfile
 import urllib.request
 from pathlib import Path
 
-from tqdm import tqdm
+from utils.terminal import progress
 
 
 @contextlib.contextmanager
@@ -41,14 +41,15 @@ def atomic_write(path, mode="wb"):
         # RuntimeError: torch.save on a full disk; others have nothing to do with writing.
         if isinstance(error, OSError) or isinstance(error, RuntimeError) and "write" in str(error):
             raise OSError(f"could not write {path}: {error}; free some space or choose another "
-                          "directory; what was there before is untouched") from error
+                          "directory, which you may write to; what was there before is "
+                          "untouched") from error
         raise
 
 
 def _chunks(reply, url):
     """The body of a reply piece by piece; a broken connection is a ValueError."""
     length, got = int(reply.headers.get("Content-Length") or 0), 0
-    with tqdm(total=length or None, unit="B", unit_scale=True, desc=url.rsplit("/")[-1]) as bar:
+    with progress(total=length or None, unit="B", name=url.rsplit("/")[-1], unit_scale=True) as bar:
         while True:
             try:
                 chunk = reply.read(1 << 20)

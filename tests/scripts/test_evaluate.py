@@ -77,7 +77,7 @@ def test_what_is_missing_has_a_dash_and_a_reason(run, monkeypatch, capsys):
     evaluate.main(["--run", str(run), "--device", "cpu", "--max-new-tokens", "6", "--topics"])
     told = capsys.readouterr()
     table = [line.split() for line in told.out.splitlines() if line[:3] in ("   ", "all", "b  ")]
-    assert table == [["tables", "X", "Y", "Z"], ["all", "3", "1.00", "-", "-"],
+    assert table == [["sources", "X", "Y", "Z"], ["all", "3", "1.00", "-", "-"],
                      ["b", "1", "-", "-", "-"]]
     assert "no Y, Z: no such machine\n" in told.err
     assert "no X for b: one text is too few\n" in told.err
@@ -204,7 +204,7 @@ def test_each_part_is_scored_on_its_own_texts_by_the_rule_of_its_data(run, monke
     about["settings"] |= {"data": "dart", "data_dir": folder}
     (run / "config.json").write_text(json.dumps(about))
     examples, calls, rules = tasks.load(data, "test"), [], []
-    monkeypatch.setattr(tasks, "load", lambda *given: calls.append(given) or examples)
+    monkeypatch.setattr(tasks, "load", lambda *given, keys: calls.append(given) or examples)
 
     def generate(generator, sources, runs=None):
         assert generator.settings.length_penalty == 0.5

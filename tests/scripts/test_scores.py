@@ -218,8 +218,10 @@ def test_a_missing_package_is_named_and_the_others_are_shown(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)             # no Java
     texts = ["the red ship sails from the port today"]
     numbers, missing = scores.score(texts, [texts])
-    assert missing["R-L"] == "rouge_score is not installed" and "R-L" not in numbers
-    assert missing["METEOR"] in ("java is not installed", "pycocoevalcap is not installed")
+    assert missing["R-L"] == "rouge_score is not installed; `pip install rouge_score`"
+    assert "R-L" not in numbers
+    assert missing["METEOR"] in ("java is not installed",
+                                 "pycocoevalcap is not installed; `pip install pycocoevalcap`")
     assert "METEOR" not in numbers
     need("sacrebleu")
     assert numbers["BLEU"] > 99.99

@@ -1,0 +1,31 @@
+"""What has to be done before torch is imported; every program and room that trains imports it.
+
+PyTorch's threads spin while they wait for each other, which makes a small model several times
+slower on a busy computer. Passive threads sleep. torch reads this once, when it is imported: where
+that was done already, as in an old notebook, it is too late, and nothing else changes.
+A Python that is too old and a package that is missing are told in one sentence here, for what is
+imported next would fail. So this file has to be readable for old Pythons. Knows nothing of the
+project but its packages.
+"""
+import importlib.util
+import os
+import sys
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+PACKAGES = "torch", "numpy", "tiktoken", "tqdm"
+
+
+def what_is_missing(version, find=importlib.util.find_spec):
+    """A sentence about what a program here needs and does not find, or "" where all is there."""
+    if version < (3, 10):
+        return ("got Python {}.{}, expected 3.10 or newer; start it with another one, as "
+                "`python3.12`".format(*version[:2]))
+    missing = [name for name in PACKAGES if find(name) is None]
+    return ("got no package {}, expected it; `pip install -r requirements.txt`, in the environment "
+            "of this Python, {}".format(", ".join(missing), sys.executable) if missing else "")
+
+
+sentence = what_is_missing(sys.version_info)
+if sentence:
+    print("error: " + sentence, file=sys.stderr)
+    sys.exit(2)

@@ -249,7 +249,7 @@ class Trainer:
 
 
 def train(trainer):
-    """All steps, up to --steps. Returns False if it was stopped before the last one."""
+    """All steps, up to --steps. Returns what stopped it before: a signal, or 0 for --stop-at."""
     s, pairs, epoch = trainer.settings, trainer.pairs, None
     size = s.batch_size * s.accumulate
     per_epoch = math.ceil(len(pairs) / size)
@@ -262,7 +262,7 @@ def train(trainer):
             if signals or 0 < s.stop_at <= trainer.step:
                 trainer.check_finite(float(loss))       # never save a state that is lost
                 trainer.save()
-                return False
+                return signals[0] if signals else 0
             if epoch != trainer.step // per_epoch:
                 epoch = trainer.step // per_epoch
                 batches = epoch_batches(pairs, size, s.seed, epoch, s.share_source)
@@ -283,7 +283,7 @@ def train(trainer):
                 before = time.perf_counter()
                 dev_loss = trainer.evaluate()
                 clock += time.perf_counter() - before   # the dev set's time is not training time
-    return True
+    return None
 
 
 def show(trainer, tokenizer, pair):
@@ -320,21 +320,21 @@ def main(argv=None):
     steps = settings.steps or settings.epochs * math.ceil(len(pairs) / size)
     settings = dataclasses.replace(settings, steps=steps, dtype=name_of_dtype(model.dtype))
     summary = summarize_parameters(learner, model)
-    print(f"{settings.model}: {summary}\n{settings.data}: {len(pairs):,} pairs to learn from, "
-          f"{len(dev):,} dev pairs; {steps:,} steps of {size} -> {settings.out}")
     make_forms = forms.training_forms if forms else plain_forms
     loss, collate, batches = make_forms(settings, model, dev, max(16, settings.batch_size))
+    if not settings.resume:
+        settings = run_directory.create(settings, summary, model)
+    print(f"{settings.model}: {summary}\n{settings.data}: {len(pairs):,} pairs to learn from, "
+          f"{len(dev):,} dev pairs; {steps:,} steps of {size} -> {settings.out}")
     trainer = Trainer(settings, model, learner, pairs, batches, loss, collate,
                       digest(pairs, dev))
     if settings.resume:
         trainer.restore()
-    else:
-        run_directory.save_config(settings, summary, model)
     began = time.perf_counter()
-    if not train(trainer):
+    if (stopped := train(trainer)) is not None:
         print(f"stopped after step {trainer.step}; go on with: "
               f"{command('train.py', '--resume', settings.out)}")
-        return
+        return stopped and 128 + stopped        # the exit status, 0 after --stop-at
     seconds = time.perf_counter() - began
     if settings.method == "prefix":
         print("lower is better, 0 is perfect; the frozen model without a prefix has "

@@ -7,7 +7,6 @@ The paper does not have DialogSum and SciTLDR: they get XSum's. Other files get 
 paper's low-data learning rate.
 """
 import dataclasses
-import itertools
 from pathlib import Path
 
 from data import own, summaries
@@ -124,11 +123,6 @@ def resolve_training(args):
     s.mid_dim = 512 if s.mid_dim is None else s.mid_dim
     if s.method != "prefix" and s.dtype == "auto":
         s.dtype = "fp32"                # steps of 1e-5 would be rounded away in bf16 weights
-    if not s.out:
-        name = f"out/{Path(s.model).name}-{own.name_of(s.data)}"
-        name += "" if s.method == "prefix" else f"-{s.method}"
-        names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
-        s.out = next(free for free in names if not Path(free).exists())
     return s
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from data import formats, own, summaries
 from data.example import examples, gather, without_blanks
 from data.toy_world import headlines, tables
-from utils.files import download
+from utils.files import fetch_file
 
 SPLITS = ("train", "dev", "test")
 E2E = "https://raw.githubusercontent.com/tuetschek/e2e-dataset/master/"
@@ -76,15 +76,16 @@ def guess(got, expected):
 def official_file(name, split, data_dir):
     """The path of an official file: in `data_dir` if one is given, else downloaded once and kept.
 
-    Files in `data_dir` are the user's own choice: their SHA-256 is not checked.
+    Files in `data_dir` are the user's own choice, as is one under another of the file's names:
+    their SHA-256 is not checked.
     """
     url, sha256, names = FILES[name, split]
     if data_dir is None:
-        path = formats.find(DOWNLOADS / name, names)
-        if path is None:
-            path = DOWNLOADS / name / names[0]
-            # DART's repository has held its files with both line ends; the digests are of "\n".
-            download(url, path, sha256, any_line_end=name == "dart")
+        path, own = DOWNLOADS / name / names[0], formats.find(DOWNLOADS / name, names)
+        if own not in (None, path):
+            return own
+        # DART's repository has held its files with both line ends; the digests are of "\n".
+        fetch_file(url, path, sha256, any_line_end=name == "dart")
         return path
     for folder in (Path(data_dir) / name, Path(data_dir)):
         path = formats.find(folder, names)

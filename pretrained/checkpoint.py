@@ -1,25 +1,27 @@
 """Models on the disk: DIRECTORY/config.json and DIRECTORY/model.pt, and whose weights they are.
 
 A prefix belongs to one set of frozen weights, so these get a name, their fingerprint. A damaged
-file is a ValueError in one line. Not here: which classes a model has (architectures.py), other
-people's files (hugging_face.py).
+file is a ValueError in one line: of what is written here, one changed bit is enough. Not here:
+which classes a model has (architectures.py), other people's files (hugging_face.py).
 """
 import dataclasses
 import hashlib
 import itertools
-import json
 import os
 import pickle
+import zipfile
+import zlib
 from pathlib import Path
 
 import torch
 
+from data.tokenizer import OWN_FILES
 from pretrained.architectures import architecture, check_config
-from utils.files import atomic_write
+from utils.files import atomic_write, read_json, sha256_of, write_json
 
 # What reading a file that is damaged, or is something else, can raise.
 UNREADABLE = (OSError, EOFError, LookupError, ArithmeticError, AttributeError, TypeError,
-              ValueError, RuntimeError, pickle.UnpicklingError)
+              ValueError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)
 
 
 def describe(error):
@@ -38,9 +40,27 @@ def fingerprint(model):
     return digest.hexdigest()[:16]
 
 
+def read_tensors(path):
+    """What torch.save has written to `path`, tensors only, on the CPU. Raises one of UNREADABLE.
+
+    Its zip format has a checksum (CRC-32) of every tensor, which PyTorch itself does not compare.
+    """
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\3\4"      # the format before PyTorch 1.6 has no checksums
+    if is_zip:
+        with zipfile.ZipFile(path) as archive:
+            # The one bit beside the checksums that matters: for what is marked as a directory
+            # PyTorch reads nothing, and gives whatever the memory held.
+            damaged = archive.testzip() or next((entry.filename for entry in archive.infolist()
+                                                 if entry.external_attr & 0x10), None)
+        if damaged:
+            raise ValueError(f"{damaged} in it has another checksum than when it was written")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def check_finite(tensors, source):
     """Raise ValueError where a tensor of the dictionary `tensors` has a NaN or an infinity: with it
-    a model says its token 0 for ever. source: where they come from.
+    a model says its token 0 for ever. source: where they come from, or are to go.
     """
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
@@ -48,21 +68,32 @@ def check_finite(tensors, source):
                              "numbers; fetch it again, or train it again with a lower lr")
 
 
-def save(model, directory):
-    """Write DIRECTORY/config.json and DIRECTORY/model.pt, each whole or not at all."""
+def save(model, directory, again=False):
+    """Write DIRECTORY/config.json and DIRECTORY/model.pt, each whole or not at all.
+
+    The vocabulary has to be there before: config.json has its checksums. again: the weights are
+    those of a model that learns and will be written again. Then config.json has no fingerprint and
+    stays as it is, so that the two fit each other at any moment.
+    """
     directory = Path(directory)
-    about = {"architecture": model.architecture, "fingerprint": fingerprint(model),
-             "config": dataclasses.asdict(model.config),
+    state, config = model.state_dict(), directory / "config.json"
+    check_finite(state, directory / "model.pt")
+    about = {"architecture": model.architecture, "config": dataclasses.asdict(model.config),
              "generation_config": model.generation_config}
+    if not again:
+        files = [name for name in OWN_FILES if (directory / name).exists()]
+        about |= {"fingerprint": fingerprint(model),
+                  "files": {name: sha256_of(directory / name) for name in files}}
     with atomic_write(directory / "model.pt") as file:
-        torch.save(model.state_dict(), file)
-        file.flush()                    # what was there before is needed where the disk is full
-        os.fsync(file.fileno())
-        # Without its config.json the directory is no model: a kill between the two files cannot
-        # leave new weights under an old fingerprint.
-        (directory / "config.json").unlink(missing_ok=True)
-    with atomic_write(directory / "config.json", "w") as file:    # last: then all is complete
-        json.dump(about, file, indent=1)
+        torch.save(state, file)
+        if not again:
+            file.flush()                # what was there before is needed where the disk is full
+            os.fsync(file.fileno())
+            # Without its config.json the directory is no model: a kill between the two files cannot
+            # leave new weights under an old fingerprint.
+            config.unlink(missing_ok=True)
+    if not again or not config.exists():
+        write_json(config, about)       # last: then all is complete
 
 
 def load(directory, device="cpu", dtype=torch.float32):
@@ -72,28 +103,42 @@ def load(directory, device="cpu", dtype=torch.float32):
     """
     directory = Path(directory)
     try:
-        about = json.loads((directory / "config.json").read_text("utf-8"))
-        classes, mark = architecture(about["architecture"]), about["fingerprint"]
+        about = read_json(directory / "config.json")
+        classes = architecture(about["architecture"])
         config, generation = classes.config(**about["config"]), about.get("generation_config", {})
         check_config(config, directory / "config.json")
         for token in itertools.chain(*(value if isinstance(value, list) else [value]
                                        for value in generation.values())):
             if type(token) is not int or not 0 <= token < config.vocab_size:
                 raise ValueError(f"its generation_config has the token {token!r:.60}")
-        state = torch.load(directory / "model.pt", map_location="cpu", weights_only=True)
+        state = read_tensors(directory / "model.pt")
         with torch.device("meta"):         # no numbers yet: they come from the file, without a copy
             model = classes.model(config)
         model.load_state_dict(state, assign=True)
-        if fingerprint(model) != mark:
+        model.fingerprint = fingerprint(model)
+        if about.get("fingerprint", model.fingerprint) != model.fingerprint:
             raise ValueError("model.pt holds other weights than config.json names")
+        check_finite(state, directory / "model.pt")
     except FileNotFoundError as error:
         raise ValueError(f"got {directory}, which has no {Path(error.filename).name}; expected "
                          "what `python -m pretrained.convert` writes; make it with that") from error
     except UNREADABLE as error:
         raise ValueError(f"got {directory}, whose files do not fit ({describe(error)}); expected "
                          "what `python -m pretrained.convert` writes; make it again") from error
-    model.fingerprint = mark
     model.generation_config = generation
     model = model.to(device, dtype).requires_grad_(False).eval()
     check_finite(model.state_dict(), directory)
     return model
+
+
+def check_vocabulary(directory):
+    """Raise ValueError where a file of the vocabulary is not the one that `save` found there."""
+    directory = Path(directory)
+    try:
+        for name, digest in read_json(directory / "config.json").get("files", {}).items():
+            if name in OWN_FILES and sha256_of(directory / name) != digest:
+                raise ValueError(f"{name} has another SHA-256 than config.json names")
+    except UNREADABLE as error:
+        raise ValueError(f"got {directory}, whose vocabulary is not that of its model "
+                         f"({describe(error)}); expected the files that `python -m "
+                         "pretrained.convert` wrote beside it; make it again") from error

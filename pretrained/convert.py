@@ -11,7 +11,6 @@ model in. Only the command line: hugging_face.py, hub.py and peft_adapter.py do 
 import dataclasses
 from pathlib import Path
 
-from data.tokenizer import OWN_FILES
 from pretrained.gguf_file import convert_gguf
 from pretrained.hub import NAMES, PACKAGES, fetch
 from pretrained.hugging_face import convert
@@ -64,10 +63,11 @@ def main(argv=None):
     if source and Path(source).resolve() == out.resolve():
         raise ValueError(f"got {out} to read and to write; expected two directories, for both have "
                          "a config.json; choose another one with --out")
-    for file in ("config.json", *OWN_FILES):        # an old tokenizer would be the new model's
-        if (out / file).exists():
-            raise ValueError(f"got {out}, which has a {file} already; expected a new directory; "
-                             "choose another one with --out, or delete that one first")
+    # Anything that is there could be another model's, as an old tokenizer; hf is of an earlier try.
+    there = sorted(path.name for path in out.iterdir() if path.name != "hf") if out.exists() else []
+    if there:
+        raise ValueError(f"got {out}, which has a {there[0]} already; expected a new directory; "
+                         "choose another one with --out, or delete that one first")
     folder = source and Path(source).is_dir()
     if folder and ((Path(source) / "config.json").exists() or source not in KNOWN):
         convert(source, out)

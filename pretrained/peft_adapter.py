@@ -7,6 +7,7 @@ for the MLP) or without. A BART's prefixes have no such form: peft has none for 
 the cross attention, and lets layers of the decoder share their keys and values.
 Not here: peft itself, which is not needed. Letters as in model.py.
 """
+import hashlib
 import json
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from pretrained.hub import NAMES
 from pretrained.hugging_face import read_file
 from pretrained.load import load_model
 from pretrained.run_directory import load_run, run_settings, save_prefix
-from utils.files import atomic_write
+from utils.files import atomic_write, write_json
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -39,6 +40,11 @@ def safetensors():
     except ImportError as error:
         raise ValueError("got no package safetensors, which peft's files are written with; `pip "
                          "install safetensors`") from error
+
+
+def sum_of(tensor):
+    """SHA-256 of a tensor's numbers; safetensors, the format, has no checksum."""
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
 
 
 def write_peft(run, out):
@@ -63,7 +69,8 @@ def write_peft(run, out):
              "encoder_hidden_size": H * D, "inference_mode": True,
              "base_model_name_or_path": NAMES[name][0] if name in NAMES else name}
     with atomic_write(Path(out) / WEIGHTS[0]) as file:
-        file.write(safetensors().save({"prompt_embeddings": flat}, metadata={"format": "pt"}))
+        file.write(safetensors().save({"prompt_embeddings": flat},
+                                      metadata={"format": "pt", "sha256": sum_of(flat)}))
     with atomic_write(Path(out) / "adapter_config.json", "w") as file:
         json.dump(about, file, indent=1)
 
@@ -107,6 +114,13 @@ def read_weights(directory):
                          f"prompt_embeddings {flat.dtype} of shape {tuple(flat.shape)}; expected "
                          "one tensor prompt_embeddings (P, 2LC) of floating point; save it again "
                          "with peft")
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+        with safe_open(path, "pt") as file:
+            ours = (file.metadata() or {}).get("sha256")        # where it was written here
+        if ours not in (None, sum_of(flat)):
+            raise ValueError(f"got {path}, which is damaged: its numbers have another SHA-256 than "
+                             "when they were written; expected the file as it was; write it again")
     check_finite(state, path)
     return flat
 
@@ -140,5 +154,4 @@ def read_peft(directory, out, model_name=""):
     save_prefix(Path(out) / "prefix.pt", unflatten(flat, empty.shape).contiguous(), model)
     settings = {"model": str(name), "data": "", "data_dir": "", "method": "prefix",
                 "prefix_len": len(flat), "from_peft": str(directory)}
-    with atomic_write(Path(out) / "config.json", "w") as file:
-        json.dump({"settings": settings, "fingerprint": model.fingerprint}, file, indent=1)
+    write_json(Path(out) / "config.json", {"settings": settings, "fingerprint": model.fingerprint})

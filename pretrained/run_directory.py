@@ -1,31 +1,43 @@
 """A run of train.py on the disk, out/NAME/:
 
-    config.json     all settings, versions, the git commit, the fingerprint of the frozen model
+    config.json     all settings, the git commit, versions, threads, the model's fingerprint
     log.jsonl       one object for each logged step
     prefix.pt       the best prefix so far, folded; of fine-tuning model/, the best weights
-    resume.pt       everything that is needed to go on
+    resume.pt       everything that is needed to go on, copies of log.jsonl and prefix.pt included
 
-Each file is whole or absent at any moment. Not here: what is learned (prefix.py, baselines/).
+Each file is whole or absent at any moment. They are written one after the other, so resume.pt alone
+says what belongs together: going on puts back the others as they were when it was written. One
+process writes (a lock, `.lock`), any number reads. Not here: what is learned (prefix.py,
+baselines/).
 """
 import dataclasses
+import itertools
 import json
+import os
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+import numpy
 import torch
 
+from data import own
 from prefix import tensors_of
-from pretrained.checkpoint import UNREADABLE, check_finite, describe, load, save
+from pretrained.checkpoint import UNREADABLE, check_finite, describe, load, read_tensors, save
 from pretrained.load import load_model
+from utils import files
 from utils.cli import check
-from utils.files import atomic_write
+from utils.files import append_lines, atomic_write, read_json, write_json
 
 FORMAT = "prefix-tuning 1"
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
+# What resume.pt has a copy of.
+COPIED = ("log.jsonl", "prefix.pt", "model/model.pt")
 # The settings of a run that other programs read, with their types.
-READ = {"model": (str,), "data": (str,), "data_dir": (str,), "max_source": (int, type(None))}
+READ = {"model": (str,), "data": (str,), "data_dir": (str,), "source_key": (str,),
+        "target_key": (str,), "max_source": (int, type(None))}
 
 
 # ---- a prefix
@@ -34,6 +46,7 @@ def save_prefix(path, folded, model):
     """Write a folded prefix, (L, 2, 1, H, P, D) or three such, and its model's fingerprint."""
     parts = [part.float().cpu() for part in tensors_of(folded)]
     prefix = dict(zip(folded._fields, parts)) if isinstance(folded, tuple) else parts[0]
+    check_finite(dict(enumerate(parts)), path)
     with atomic_write(path) as file:
         torch.save({"format": FORMAT, "fingerprint": model.fingerprint, "prefix": prefix}, file)
 
@@ -46,7 +59,7 @@ def load_prefix(path, model):
     and values mean nothing to a model that did not help to find them.
     """
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = read_tensors(path)
         if saved["format"] != FORMAT:
             raise KeyError("format")
         fingerprint, prefix, empty = saved["fingerprint"], saved["prefix"], model.empty_prefix()
@@ -90,16 +103,15 @@ def run_settings(directory):
 
     Raises ValueError for a directory that is no run.
     """
-    path = Path(directory) / "config.json"
     try:
-        settings = json.loads(path.read_text("utf-8"))["settings"]
+        settings = read_json(Path(directory) / "config.json")["settings"]
         # The other settings are only compared or shown; those of a run that goes on: `check`.
         for name, kinds in READ.items():
             if (name in settings or name == "model") and not isinstance(settings[name], kinds):
                 raise TypeError(f"its {name} is {settings[name]!r:.60}")
         return settings
     except UNREADABLE as error:
-        raise ValueError(f"got {directory}, which is no run ({describe(error)[:120]}); expected "
+        raise ValueError(f"got {directory}, which is no run ({describe(error)[:150]}); expected "
                          "the config.json that train.py writes in it; look into out/") from error
 
 
@@ -131,7 +143,7 @@ def weights_learn(model):
 def save_learned(directory, learner, model):
     """Write what was learned so far: the prefix, or the whole model where its weights learn."""
     if weights_learn(model):
-        save(model, Path(directory) / "model")
+        save(model, Path(directory) / "model", again=True)
     else:
         save_prefix(Path(directory) / "prefix.pt", learner.fold(), model)
 
@@ -156,54 +168,117 @@ def load_run(directory, device, dtype):
     return model, tokenizer, load_prefix(Path(directory) / "prefix.pt", model)
 
 
-# ---- a run that goes on
+# ---- a run that is written
 
-def save_config(settings, summary, model):
-    """Create the directory and write down all settings, and the summary of the parameters."""
-    commit = None
-    if shutil.which("git"):
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True,
-                                text=True).stdout.strip() or None
-    about = {"settings": dataclasses.asdict(settings), "parameters": summary,
-             "fingerprint": model.fingerprint, "commit": commit,
-             "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-    with atomic_write(Path(settings.out) / "config.json", "w") as file:
-        json.dump(about, file, indent=1)
+def names_of(settings):
+    """The directories to try for a new run: --out, or out/MODEL-DATA and that with a number."""
+    if settings.out:
+        return [settings.out]
+    name = f"out/{Path(settings.model).name}-{own.name_of(settings.data)}"
+    name += "" if settings.method == "prefix" else f"-{settings.method}"
+    return itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+
+
+def make_directory(names):
+    """Create the first of `names` that does not exist; two processes never get the same one."""
+    for name in names:
+        files.make_folder(Path(name).parent)
+        try:
+            os.mkdir(name)
+        except FileExistsError:
+            continue
+        files.sync_folder(Path(name).parent)
+        files.lock(Path(name) / ".lock")
+        return str(name)
+    raise ValueError(f"got --out {name}, which exists; expected a new directory; choose another")
+
+
+def commit_here():
+    """The git commit of this project, None where it is no checkout, as in somebody's repository."""
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        return None
+    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True,
+                          text=True).stdout.strip() or None
+
+
+def environment():
+    """What decides the last bits of the numbers, beside the settings."""
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
+
+
+def create(settings, summary, model):
+    """Make the directory of a new run, write down all settings and the summary of the parameters.
+
+    Returns the settings with --out, whose default is the first name that is free.
+    """
+    settings = dataclasses.replace(settings, out=make_directory(names_of(settings)))
+    write_json(Path(settings.out) / "config.json", {
+        "settings": dataclasses.asdict(settings), "parameters": summary,
+        "fingerprint": model.fingerprint, "commit": commit_here(),
+        "environment": environment()})
+    return settings
 
 
 def append_log(directory, **values):
-    with open(Path(directory) / "log.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")
+    """Add a line to log.jsonl; it is on the disk when this returns."""
+    append_lines(Path(directory) / "log.jsonl", [json.dumps(values) + "\n"])
 
 
 def save_state(directory, state):
-    """Write resume.pt: `state`, a dictionary of what torch.load reads without running code."""
-    with atomic_write(Path(directory) / "resume.pt") as file:
-        torch.save(state, file)
+    """Write resume.pt: `state`, a dictionary of what torch.load reads without running code, and a
+    copy of the run's other files as they are now.
+    """
+    directory = Path(directory)
+    copies = {name: torch.from_numpy(numpy.memmap(directory / name, numpy.uint8, "c"))
+              for name in COPIED if (directory / name).exists()}
+    with atomic_write(directory / "resume.pt") as file:
+        torch.save(state | {"files": copies}, file)
+
+
+def put_back(directory, state):
+    """Make the run's other files those of `state`. What is lost by that is said, but for lines of
+    the log after that step: they will be written again.
+    """
+    for name in COPIED:
+        path, now = Path(directory) / name, b""
+        files.remove_temporaries(path)                  # of a kill in the middle of a write
+        if name not in state.get("files", {}):
+            continue
+        then = state["files"][name].numpy().tobytes()
+        if path.exists():
+            now = path.read_bytes()
+        if now == then:
+            continue
+        if name != "log.jsonl" or not now.startswith(then):
+            print(f"{path} is not that of step {state['step']}, to which resume.pt belongs; it is "
+                  "put back from there", file=sys.stderr)
+        with atomic_write(path) as file:
+            file.write(then)
+    files.remove_temporaries(Path(directory) / "resume.pt")
 
 
 def load_state(directory, fingerprint, data):
-    """What `save_state` wrote last; lines of the log that came after it are dropped.
+    """What `save_state` wrote last; the run's other files are put back as they were then.
 
     fingerprint, data: names of the model's weights and of the pairs. Raises ValueError where they
     are not those of the state, for it would make no sense to go on.
     """
-    directory = Path(directory)
-    path, log = directory / "resume.pt", directory / "log.jsonl"
+    path = Path(directory) / "resume.pt"
+    files.lock(Path(directory) / ".lock")
     try:
         # On the CPU AdamW counts its steps; on a GPU every step would wait for that number.
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_tensors(path)
         if state["fingerprint"] != fingerprint:
             raise ValueError("it was trained with other weights of the model")
         if state["data"] != data:
             raise ValueError("the data or its tokens have changed since")
-        lines = [line for line in log.read_text("utf-8").splitlines() if line.endswith("}")]
-        lines = [line for line in lines if json.loads(line)["step"] <= state["step"]]
+        before = read_json(Path(directory) / "config.json").get("environment", environment())
     except UNREADABLE as error:
         raise ValueError(f"got {path}, which cannot be resumed ({describe(error)}); expected what "
                          "train.py wrote there; start a new run") from error
-    with atomic_write(log, "w") as file:
-        file.writelines(f"{line}\n" for line in lines)
-    for left_behind in directory.rglob("*.tmp"):        # of a kill in the middle of a write
-        left_behind.unlink()
+    put_back(directory, state)
+    if before != environment():
+        print(f"{directory} was begun with {before}, now it is {environment()}: the last bits of "
+              "its numbers may be others", file=sys.stderr)
     return state

@@ -233,7 +233,7 @@ def page(run, about, log, shares, tokens, outputs):
     scores = sorted(Path(run).glob("*scores.json"))
     parts += ["<h2>Scores</h2>"] * bool(scores) + [score_table(path) for path in scores]
     versions = {"fingerprint": about["fingerprint"], "commit": about.get("commit")}
-    versions |= about.get("versions", {})
+    versions |= about.get("environment") or about.get("versions", {})
     parts += ["<h2>Settings</h2>",
               table("config.json", ["name", "value"], (settings | versions).items())]
     title = f"{settings['model']}, {settings['data']}: {Path(run).resolve().name}"

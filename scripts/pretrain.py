@@ -25,13 +25,12 @@ from data.tokenizer import load_tokenizer
 from data.toy_world.text import AGAIN, FIRST, document, encode, sheet_then_prose, world_thing
 from model import GPT2, GPT2Config
 from prefix import token_losses
-from pretrained.checkpoint import save
-from pretrained.run_directory import append_log, save_state
+from pretrained.checkpoint import UNREADABLE, describe, read_tensors, save
+from pretrained.run_directory import append_log, put_back, save_state
 from scripts.learn_bpe import learn_tokens, world_texts, write_tokens
 from scripts.muon import Muon
-from scripts.results import read_rows, write_rows
 from utils.cli import flag, parse, run_program
-from utils.files import atomic_write
+from utils.files import atomic_write, lock, make_folder
 
 
 @dataclasses.dataclass
@@ -231,12 +230,18 @@ def parts_of(name):
 FREE = {"resume", "stop_at", "device", "workers", "save_every", "out", "weights"}
 
 
-def load_state(model, optimizers, settings):
-    """Put back what was saved last and drop later lines of the log. Returns (step, seconds)."""
-    path, log = Path(settings.out) / "resume.pt", Path(settings.out) / "log.jsonl"
+def load_state(model, optimizers, settings, first):
+    """Go on from what was saved last. first: of several processes the one that writes. Returns
+    (step, seconds).
+    """
+    path = Path(settings.out) / "resume.pt"
     if not path.exists():
         raise ValueError(f"got --resume, expected {path} of a run that was begun; start without it")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = read_tensors(path)
+    except UNREADABLE as error:
+        raise ValueError(f"got {path}, which is damaged ({describe(error)}); expected what this "
+                         "program wrote there; begin a new run in another --out") from error
     now = dataclasses.asdict(settings)
     other = [f"--{name.replace('_', '-')} {value}" for name, value in state["settings"].items()
              if name not in FREE and now[name] != value]
@@ -246,7 +251,9 @@ def load_state(model, optimizers, settings):
     model.load_state_dict(state["model"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
-    write_rows(log, [row for row in read_rows(log) if row.get("step", 0) <= state["step"]])
+    if first:
+        lock(Path(settings.out) / ".lock")
+        put_back(settings.out, state)
     return state["step"], state["seconds"]
 
 
@@ -256,6 +263,8 @@ def begin(settings):
     if (out / "resume.pt").exists():
         raise ValueError(f"got --out {out}, which holds a run; expected a new directory; choose "
                          "another, or go on with --resume")
+    make_folder(out)
+    lock(out / ".lock")
     if not (out / "tokenizer.tiktoken").exists():
         texts = parts_of(settings.model)[-1](20_000, settings.seed)
         write_tokens(learn_tokens(texts, settings.vocabulary - 1), out / "tokenizer.tiktoken")
@@ -270,13 +279,13 @@ def begin(settings):
 
 def finish(model, settings):
     """Write the model in 16 bits, its tokenizer, and the log of how it came about."""
-    save(model.half(), settings.weights)
     copies = {"tokenizer.tiktoken": "tokenizer.tiktoken", "log.jsonl": "pretrain_log.jsonl"}
     if settings.model == "tiny-bart":
         copies["dict.txt"] = "dict.txt"
     for name, copy in copies.items():
         with atomic_write(Path(settings.weights) / copy) as file:
             file.write((Path(settings.out) / name).read_bytes())
+    save(model.half(), settings.weights)
 
 
 def train_step(model, optimizers, batch, loss_of, rates, dtype):
@@ -309,7 +318,7 @@ def pretrain(rank, settings, meeting):
     empty_model, batch_of_step, loss_of, probe, _ = parts_of(s.model)
     model = new_model(s, empty_model).to(device)
     optimizers = optimizers_of(model, s)
-    start, before = load_state(model, optimizers, s) if s.resume else (0, 0.0)
+    start, before = load_state(model, optimizers, s, first) if s.resume else (0, 0.0)
     tokenizer = load_tokenizer(s.out)
     stop = min(steps, s.stop_at or steps)
     if first:
@@ -326,6 +335,10 @@ def pretrain(rank, settings, meeting):
         losses += [mean] if first else []
         done, last = step + 1, step + 1 == stop
         seconds = before + time.perf_counter() - began
+        if (last or done % min(s.probe_every, s.save_every) == 0) and not mean.isfinite():
+            raise ValueError(f"got a loss of {mean.item()} by step {done}, expected a finite "
+                             f"number; what was there before is untouched; begin again in another "
+                             "--out with a lower --lr or --matrix-lr")
         if first and (last or done % s.probe_every == 0):
             row = {"step": done, "tokens": done * s.rows * s.context * s.processes,
                    "loss": round(torch.stack(losses).mean().item(), 4), **probe(model, tokenizer),

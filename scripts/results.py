@@ -2,7 +2,7 @@
 import json
 from pathlib import Path
 
-from utils.files import atomic_write
+from utils.files import append_lines, atomic_write
 
 
 def to_line(row):
@@ -39,5 +39,4 @@ def write_rows(path, rows):
 
 
 def append_rows(path, rows):
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(map(to_line, rows))
+    append_lines(path, map(to_line, rows))

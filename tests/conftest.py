@@ -141,9 +141,10 @@ def bart():
 def model_directory(tmp_path_factory):
     """A model on disk as pretrained.convert writes it, fp32, with a tokenizer of the 256 bytes."""
     directory = tmp_path_factory.mktemp("weights") / "bytes"
-    save(random_gpt2().float(), directory)
+    directory.mkdir()
     lines = [base64.b64encode(bytes([b])).decode() + f" {b}\n" for b in range(256)]
     (directory / "tokenizer.tiktoken").write_text("".join(lines))
+    save(random_gpt2().float(), directory)
     return directory
 
 
@@ -151,10 +152,11 @@ def model_directory(tmp_path_factory):
 def bart_directory(tmp_path_factory, model_directory):
     """A BART on disk in fp32, whose words are the 256 bytes, numbered backwards by a dict.txt."""
     directory = tmp_path_factory.mktemp("weights") / "bart"
-    save(random_bart().float(), directory)
+    directory.mkdir()
     (directory / "tokenizer.tiktoken").write_bytes(
         (model_directory / "tokenizer.tiktoken").read_bytes())
     (directory / "dict.txt").write_text("".join(f"{256 - n} 1\n" for n in range(257)))
+    save(random_bart().float(), directory)
     return directory
 
 

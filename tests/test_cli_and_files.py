@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ import torch
 
 import sample
 import train
-from utils.cli import flag, parse, run_program
-from utils.files import atomic_write, download
+from utils.cli import flag, parse, run_program, stop_after_this_step
+from utils.files import append_lines, atomic_write, download, fetch_file, read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -192,10 +193,56 @@ def test_out_of_memory_is_one_line_that_names_flags(capsys, error):
     assert caught.value.code == 70 and "out of memory" not in capsys.readouterr().err
 
 
+def test_a_program_ends_with_the_status_that_it_returns(capsys):
+    """Would catch half a prefix that is scored: `train && evaluate` after a signal."""
+    for returned, status in ((143, 143), (0, None), (None, None)):
+        if status is None:
+            run_program(lambda returned=returned: returned)
+            continue
+        with pytest.raises(SystemExit) as caught:
+            run_program(lambda returned=returned: returned)
+        assert caught.value.code == status
+
+    def interrupted(*number):
+        raise KeyboardInterrupt(*number)
+    for number, status in (((), 130), ((signal.SIGTERM,), 143)):
+        with pytest.raises(SystemExit) as caught:
+            run_program(lambda number=number: interrupted(*number))
+        assert caught.value.code == status
+
+
+def test_an_error_without_a_file_is_of_the_standard_output(capsys):
+    """Would catch "[Errno 28] No space left on device", and nobody knows where."""
+    def main():
+        raise OSError(28, "No space left on device")
+    with pytest.raises(SystemExit):
+        run_program(main)
+    assert capsys.readouterr().err.startswith("error: standard input or output: [Errno 28]")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_terminal_that_closes_ends_the_step_unless_nohup_says_no(monkeypatch):
+    """Would catch a run lost with its window; and one that stops although it was to stay."""
+    before = signal.getsignal(signal.SIGHUP)
+    with stop_after_this_step() as signals:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals == [signal.SIGHUP]
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_after_this_step() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 # ---- whole files
 
 @pytest.mark.parametrize("mistake", [ValueError("no"), OSError(28, "No space left on device"),
-                                     RuntimeError("torch: file write failed"), KeyboardInterrupt()])
+                                     RuntimeError("torch: file write failed"),
+                                     RuntimeError("[enforce fail at inline_container.cc:672] . "
+                                                  "unexpected pos 3392 vs 3286"),
+                                     KeyboardInterrupt()])
 def test_an_exception_leaves_the_old_file_and_no_rest(tmp_path, mistake):
     """Would catch a half-written checkpoint under the good one's name."""
     path = tmp_path / "new" / "file"
@@ -208,7 +255,83 @@ def test_an_exception_leaves_the_old_file_and_no_rest(tmp_path, mistake):
     assert path.read_text("utf-8") == "old \u00a3" and list(path.parent.iterdir()) == [path]
     if isinstance(mistake, (OSError, RuntimeError)):
         assert str(path) in str(caught.value) and "untouched" in str(caught.value)
-    assert path.stat().st_mode & 0o077 == 0o044, "others may read what a colleague computed"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_the_mode_is_the_umasks_and_stays_and_a_link_stays_a_link(tmp_path):
+    """Would catch results that others may read although the umask says no, or may not although it
+    says yes; a link to another disk that becomes a file on this one.
+    """
+    old = os.umask(0o027)
+    try:
+        with atomic_write(tmp_path / "file", "w") as file:
+            file.write("1")
+        assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+        (tmp_path / "file").chmod(0o604)
+        (tmp_path / "link").symlink_to("file")
+        with atomic_write(tmp_path / "link", "w") as file:
+            file.write("2")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "2"
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o604
+    for place in (tmp_path, "/dev/null"):
+        with pytest.raises(ValueError, match="which is no file; give the name of one"):
+            with atomic_write(place):
+                pass
+
+
+def test_what_is_written_is_on_the_disk_with_its_name(tmp_path, monkeypatch):
+    """Would catch a rename or a new file that a power loss takes back: its directory not flushed;
+    a line of a log that nobody flushed.
+    """
+    synced, fsync = [], os.fsync
+
+    def record(number):
+        synced.append(Path(f"/proc/self/fd/{number}").resolve().name)
+        fsync(number)
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("which file a number is cannot be told here")
+    monkeypatch.setattr(os, "fsync", record)
+    with atomic_write(tmp_path / "new" / "file"):
+        pass
+    assert synced[0] == tmp_path.name and synced[1].startswith("file.") and synced[2:] == ["new"]
+    del synced[:]
+    append_lines(tmp_path / "log", ["a\n"])
+    append_lines(tmp_path / "log", ["b\n", "c\n"])
+    assert synced == ["log", tmp_path.name, "log"]
+    assert (tmp_path / "log").read_text() == "a\nb\nc\n"
+
+
+def test_lines_are_added_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Would catch half a line on a full disk, and an error that names no file."""
+    append_lines(tmp_path / "log", ["a\n"])
+
+    def full(number):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="could not write .*log: .*No space left"):
+        append_lines(tmp_path / "log", ["b\n"])
+    assert (tmp_path / "log").read_text() == "a\n"
+
+
+def test_json_with_a_checksum_is_refused_when_a_letter_changes(tmp_path):
+    """Would catch a setting that is another than the one that was written."""
+    about = {"lr": 1e-5, "name": "Caf\u00e9", "list": [1, None, True], "deep": {"b": 2, "a": "1"}}
+    write_json(tmp_path / "x.json", about)
+    assert read_json(tmp_path / "x.json") == about
+    whole = (tmp_path / "x.json").read_bytes()
+    for place in range(whole.index(b'"lr"') + 1, len(whole) - 8):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        (tmp_path / "x.json").write_bytes(damaged)
+        try:
+            found = read_json(tmp_path / "x.json")
+        except ValueError:
+            continue
+        assert {key: found.get(key) for key in about} == about, damaged     # a blank, or "sha256"
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "x.json", {"loss": float("nan")})
 
 
 def test_a_killed_process_leaves_the_old_file(tmp_path):
@@ -263,6 +386,12 @@ class Server(http.server.BaseHTTPRequestHandler):
             if self.path != "/unsized":
                 self.send_header("Content-Length", str(len(BODY)))
             self.end_headers()
+            while self.path == "/drip":
+                try:
+                    self.wfile.write(b"x")
+                    time.sleep(0.02)
+                except OSError:                             # the client has gone
+                    return
             self.wfile.write(BODY[:1000] if self.path == "/cut" else BODY)
 
     def log_message(self, *arguments):
@@ -313,6 +442,30 @@ def test_a_bad_download_leaves_what_was_there(server, tmp_path, page, sha256, wo
     message = str(caught.value)
     assert words in message and server + page in message and "free some space" not in message
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_download_ends(server, tmp_path, monkeypatch):
+    """Would catch a server that sends a byte now and then, or never stops, as our own end."""
+    monkeypatch.setattr("utils.files.PATIENCE", 0.2)
+    for page in ("/drip", "/whole"):
+        monkeypatch.setattr("utils.files.UNCHECKED", len(BODY) // 2)
+        with pytest.raises(ValueError, match=f"{page}: got .* expected at most .* a second"):
+            download(server + page, tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+    download(server + "/whole", tmp_path / "file", DIGEST)      # a checksum is limit enough
+
+
+def test_what_is_there_is_fetched_again_if_it_is_damaged(server, tmp_path, capsys):
+    """Would catch a cut file that is believed for ever, and a whole one that is fetched twice."""
+    path = tmp_path / "file"
+    for body, words in ((None, ""), (BODY, "is there already"), (BODY[:-1], "is damaged"),
+                        (b"", "is damaged")):
+        if body is not None:
+            path.write_bytes(body)
+        fetch_file(server + "/whole", path, DIGEST)
+        assert path.read_bytes() == BODY and words in capsys.readouterr().err
+    fetch_file("http://127.0.0.1:1/file", path)         # no checksum, no connection: it is taken
+    assert f"SHA-256 {DIGEST} (none is known" in capsys.readouterr().err
 
 
 def test_a_host_that_is_not_there_is_said_with_a_way_out(tmp_path):

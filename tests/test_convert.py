@@ -24,6 +24,7 @@ from pretrained.hub import NAMES, declared_sha256, fetch
 from pretrained.hugging_face import convert, read_checkpoint
 from pretrained.load import find_model
 from utils.cli import run_program
+from utils.files import read_json, write_json
 
 WHOLE = {"config.json", "model.pt"}
 
@@ -419,14 +420,28 @@ def test_weights_without_any_sum_are_not_trusted(hub, tmp_path):
 
 
 def test_a_download_is_not_repeated_when_it_is_there(hub, tmp_path):
-    """Catches gigabytes fetched again after a full disk, and files put there by hand ignored."""
+    """Catches gigabytes fetched again after a full disk, and files put there by hand ignored, where
+    the hub can be asked for their sums and where it cannot.
+    """
+    for number, url in enumerate((hub.url, "http://127.0.0.1:1")):      # nobody listens on port 1
+        out = tmp_path / f"out{number}"
+        (out / "hf").mkdir(parents=True)
+        for name, body in hub.files.items():
+            (out / "hf" / name).write_bytes(body)
+        fetch("gpt2-medium", out, url)
+        assert load(out).config == small().config
+    assert [line for line in hub.asked if line.startswith("GET") and ".json" not in line] == []
+
+
+def test_what_is_there_is_checked_like_a_download(hub, tmp_path, capsys):
+    """Catches half a file of an earlier try, or a damaged one, that stands in the way for ever."""
     kept = tmp_path / "out" / "hf"
     kept.mkdir(parents=True)
     for name, body in hub.files.items():
-        (kept / name).write_bytes(body)
-    fetch("gpt2-xl", tmp_path / "out", hub.url)
-    assert hub.asked == []
-    assert load(tmp_path / "out").config == small().config
+        (kept / name).write_bytes(body[:-9])
+    fetch("gpt2-medium", tmp_path / "out", hub.url)
+    assert "is damaged: SHA-256" in capsys.readouterr().err
+    assert torch.equal(load(tmp_path / "out").wte.weight, small().wte.weight)
 
 
 def test_a_hub_that_says_no_is_named(hub, tmp_path):
@@ -581,8 +596,8 @@ def test_an_architecture_that_is_not_here_is_refused_in_plain_words(tmp_path):
     with pytest.raises(ValueError, match="got model_type 'nope'; expected one of gpt2, bart, "):
         architecture("nope")
     save(small(), tmp_path / "ours")
-    about = json.loads((tmp_path / "ours" / "config.json").read_text())
-    (tmp_path / "ours" / "config.json").write_text(json.dumps(about | {"architecture": "nope"}))
+    about = read_json(tmp_path / "ours" / "config.json")
+    write_json(tmp_path / "ours" / "config.json", about | {"architecture": "nope"})
     with pytest.raises(ValueError, match="ours, whose files do not fit .*got model_type 'nope'"):
         load(tmp_path / "ours")
 

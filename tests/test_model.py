@@ -1,5 +1,4 @@
 """Attention with a prefix, its mask, and GPT-2 around it."""
-import json
 import math
 
 import pytest
@@ -9,6 +8,7 @@ from torch.nn import functional as F
 
 from model import GPT2, GPT2Config, KVCache, attend, attention_mask
 from pretrained.checkpoint import fingerprint, load, save
+from utils.files import read_json, write_json
 
 EXACT = 1e-10       # float64 sums in another order: about 1e-15 of numbers of order 10
 
@@ -232,5 +232,4 @@ def test_a_damaged_model_is_refused_in_one_sentence(model, tmp_path, damage, wor
 
 
 def rewrite(directory, **changes):
-    about = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(about | changes))
+    write_json(directory / "config.json", read_json(directory / "config.json") | changes)

@@ -233,3 +233,25 @@ def test_we_read_what_peft_writes(tmp_path, model_directory, projection):
     convert.main(["--from-peft", str(tmp_path / "peft"), "--model", str(model_directory),
                   "--out", str(tmp_path / "run")])
     same(theirs, ours, load_prefix(tmp_path / "run" / "prefix.pt", ours))
+
+
+def test_a_damaged_adapter_of_ours_is_refused(run, tmp_path, model_directory):
+    """Would catch: other numbers without a word, for safetensors has no checksum; a traceback."""
+    to_and_from(run, tmp_path, model_directory)
+    path = tmp_path / "peft" / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    for damaged in (whole[:-9] + b"\x01" + whole[-8:], whole[:20] + b"\xff" + whole[21:], b"",
+                    b"version https://git-lfs.github.com/spec/v1\n"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="got .*; expected"):
+            peft_adapter.read_weights(tmp_path / "peft")
+
+
+def test_not_a_number_is_not_exported(run, tmp_path):
+    """Would catch: NaN that leaves by --to-peft."""
+    saved = torch.load(run / "prefix.pt", weights_only=True)
+    saved["prefix"][1, 0, 0, 2, 3, 4] = torch.nan
+    torch.save(saved, run / "prefix.pt")
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        convert.main(["--run", str(run), "--to-peft", str(tmp_path / "peft")])
+    assert not (tmp_path / "peft").exists()

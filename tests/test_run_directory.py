@@ -1,12 +1,31 @@
-"""A run's directory: what is refused of one that another version of train.py has written."""
+"""A run's directory: what is refused of one that another version of train.py has written or that is
+damaged, what going on puts back, who may write.
+"""
 import dataclasses
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
+import torch
+from conftest import ROOT, random_gpt2
 
 import train
-from pretrained.run_directory import resumed_settings, run_settings
+from pretrained import run_directory
+from pretrained.checkpoint import load, save
+from pretrained.load import load_model
+from pretrained.run_directory import (
+    create,
+    load_prefix,
+    load_state,
+    resumed_settings,
+    run_settings,
+    save_prefix,
+    save_state,
+)
 from utils.cli import run_program
+from utils.files import read_json, write_json
 
 OURS = {field.name: field.default for field in dataclasses.fields(train.Settings)}
 OLDER = {name: value for name, value in OURS.items() if name != "fast"} | {"pack": "auto"}
@@ -67,3 +86,171 @@ def test_a_run_with_a_setting_that_no_flag_can_give_is_refused(tmp_path, name, v
     with pytest.raises(ValueError) as caught:
         resumed_settings(dataclasses.replace(train.Settings(), resume=run))
     assert words in str(caught.value)
+# ---- damage
+
+def flip(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def test_one_flipped_bit_of_what_was_learned_is_refused(model, tmp_path):
+    """Would catch: other numbers that load without a word, for PyTorch compares no checksum."""
+    folded = torch.randn(3, 2, 1, 4, 5, 6)
+    save_prefix(tmp_path / "prefix.pt", folded, model)
+    place = (tmp_path / "prefix.pt").read_bytes().index(folded.numpy().tobytes()[:64])
+    flip(tmp_path / "prefix.pt", place + 21)
+    with pytest.raises(ValueError, match="which is no prefix .*data/0 in it has another checksum"):
+        load_prefix(tmp_path / "prefix.pt", model)
+    # A tensor that is marked as a directory, at byte 38 of its entry, of which PyTorch reads none.
+    save_prefix(tmp_path / "prefix.pt", folded, model)
+    whole = (tmp_path / "prefix.pt").read_bytes()
+    entry = whole.rindex(b"PK\1\2", 0, whole.rindex(b"data/0"))
+    (tmp_path / "prefix.pt").write_bytes(whole[:entry + 38] + b"\x10" + whole[entry + 39:])
+    with pytest.raises(ValueError, match="which is no prefix .*data/0 in it has another checksum"):
+        load_prefix(tmp_path / "prefix.pt", model)
+
+
+def test_a_changed_config_of_a_run_is_refused(tmp_path, model):
+    """Would catch: a run that is decoded or resumed with settings that are not its own; but also a
+    file without a checksum, written by hand, that cannot be used.
+    """
+    settings = create(train.Settings(out=str(tmp_path / "run")), "", model)
+    assert run_settings(settings.out) == dataclasses.asdict(settings)
+    path = tmp_path / "run" / "config.json"
+    path.write_text(path.read_text().replace('"batch_size": null', '"batch_size": 3'))
+    with pytest.raises(ValueError, match="no run .*damaged or was edited, its sha256 is another"):
+        run_settings(settings.out)
+    about = json.loads(path.read_text())
+    del about["sha256"]
+    path.write_text(json.dumps(about))
+    assert run_settings(settings.out)["batch_size"] == 3
+
+
+def test_a_model_is_its_weights_its_settings_and_its_tokens(model_directory, tmp_path):
+    """Would catch: a prefix taken by a model that computes with other heads, or whose tokens have
+    other numbers: nonsense with status 0.
+    """
+    marks = [load_model(str(model_directory), "cpu", "fp32")[0].fingerprint]
+    for change in ("heads", "tokens", "nothing"):
+        shutil.copytree(model_directory, tmp_path / change)
+        model = random_gpt2(n_head=2 if change == "heads" else 4).float()
+        if change == "tokens":
+            path = tmp_path / change / "tokenizer.tiktoken"
+            lines = path.read_text().splitlines()
+            lines[65], lines[66] = (f"{b.split()[0]} {a.split()[1]}" for a, b in
+                                    (lines[65:67], lines[66:64:-1]))
+            path.write_text("\n".join(lines))
+            with pytest.raises(ValueError, match="tokenizer.tiktoken has another SHA-256"):
+                load_model(str(tmp_path / change), "cpu", "fp32")
+        save(model, tmp_path / change)
+        marks.append(load_model(str(tmp_path / change), "cpu", "fp32")[0].fingerprint)
+    assert len(set(marks)) == 3 and marks[0] == marks[3]
+
+
+def test_numbers_that_are_none_are_neither_written_nor_read(model, tmp_path):
+    """Would catch: NaN exported, or written over a good model; "!!!!!!" decoded with status 0."""
+    folded = torch.randn(3, 2, 1, 4, 5, 6)
+    save_prefix(tmp_path / "prefix.pt", folded, model)
+    save(model, tmp_path / "model")
+    saved = torch.load(tmp_path / "prefix.pt", weights_only=True)
+    for bad in (torch.nan, torch.inf):
+        folded[1, 0, 0, 2, 3, 4] = bad
+        model.wte.weight.data[3, 2] = bad
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            save_prefix(tmp_path / "prefix.pt", folded, model)
+        with pytest.raises(ValueError, match="NaN or infinity in wte.weight"):
+            save(model, tmp_path / "model")
+        assert load_prefix(tmp_path / "prefix.pt", model).isfinite().all()
+        assert load(tmp_path / "model").wte.weight.isfinite().all()
+        torch.save(saved | {"prefix": folded}, tmp_path / "bad.pt")
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            load_prefix(tmp_path / "bad.pt", model)
+
+
+# ---- going on
+
+def test_going_on_puts_back_what_belongs_to_the_state(tmp_path, capsys):
+    """Would catch: an older prefix taken for the best, a damaged log that makes the whole run
+    useless, lines of steps that are done again; and all of it without a word.
+    """
+    (tmp_path / "log.jsonl").write_text('{"step": 0}\n{"step": 5}\n')
+    (tmp_path / "prefix.pt").write_bytes(b"the best")
+    write_json(tmp_path / "config.json", {"settings": {}})
+    save_state(tmp_path, {"fingerprint": "f", "data": "d", "step": 5})
+    whole = {name: (tmp_path / name).read_bytes() for name in ("log.jsonl", "prefix.pt")}
+
+    def resumed(name, damaged):
+        (tmp_path / name).write_bytes(damaged)
+        assert load_state(tmp_path, "f", "d")["step"] == 5
+        assert {name: (tmp_path / name).read_bytes() for name in whole} == whole
+        return capsys.readouterr().err
+    assert resumed("log.jsonl", whole["log.jsonl"] + b'{"step": 6}\n{"st') == ""
+    said = f"{tmp_path / 'log.jsonl'} is not that of step 5, to which resume.pt belongs; it is put"
+    assert said in resumed("log.jsonl", b'{"step": 0}\n{"st\xff: 5}\n')
+    assert "prefix.pt is not that of step 5" in resumed("prefix.pt", b"an older one")
+    (tmp_path / "prefix.pt").unlink()
+    assert "prefix.pt is not that of step 5" in resumed("log.jsonl", whole["log.jsonl"])
+    with pytest.raises(ValueError, match="the data or its tokens have changed"):
+        load_state(tmp_path, "f", "other")
+
+
+def test_other_threads_are_said_when_a_run_goes_on(tmp_path, model, capsys):
+    """Would catch: last bits that differ, and nobody who can tell why."""
+    create(train.Settings(out=str(tmp_path / "run")), "", model)
+    save_state(tmp_path / "run", {"fingerprint": "f", "data": "d", "step": 5})
+    load_state(tmp_path / "run", "f", "d")
+    assert capsys.readouterr().err == ""
+    about = read_json(tmp_path / "run" / "config.json")
+    about["environment"]["threads"] += 1
+    write_json(tmp_path / "run" / "config.json", about)
+    load_state(tmp_path / "run", "f", "d")
+    assert "'threads': 2" in capsys.readouterr().err
+
+
+# ---- who writes
+
+def test_two_starts_never_share_a_directory(tmp_path, model, monkeypatch):
+    """Would catch: the settings of one run beside the prefix of another, and status 0."""
+    monkeypatch.chdir(tmp_path)
+    settings = train.Settings(data="my.jsonl")
+    assert [create(settings, "", model).out for _ in range(3)] == [
+        "out/tiny-gpt2-my", "out/tiny-gpt2-my-2", "out/tiny-gpt2-my-3"]
+    named = dataclasses.replace(settings, out="mine")
+    create(named, "", model)
+    before = (tmp_path / "mine" / "config.json").read_bytes()
+    with pytest.raises(ValueError, match="got --out mine, which exists"):
+        create(named, "", model)
+    assert (tmp_path / "mine" / "config.json").read_bytes() == before
+
+
+def test_a_run_that_is_written_is_not_resumed_beside(tmp_path, model):
+    """Would catch: two processes that write one run; a lock that is left by a process that died."""
+    create(train.Settings(out=str(tmp_path / "run")), "", model)
+    (tmp_path / "run" / "log.jsonl").write_text("{}\n")
+    save_state(tmp_path / "run", {"fingerprint": "f", "data": "d", "step": 5})
+    program = ("import sys; sys.path.insert(0, sys.argv[1])\n"
+               "from pretrained.run_directory import load_state, run_settings\n"
+               "run_settings(sys.argv[2]); print('read', flush=True)\n"
+               "load_state(sys.argv[2], 'f', 'd')\n")
+    other = subprocess.run([sys.executable, "-c", program, ROOT, tmp_path / "run"],
+                           capture_output=True, text=True)
+    assert other.stdout == "read\n" and other.returncode == 1
+    assert "in which another process is writing" in other.stderr.splitlines()[-1]
+    shutil.copytree(tmp_path / "run", tmp_path / "left")        # as its process left it
+    load_state(tmp_path / "left", "f", "d")
+
+
+def test_the_commit_of_somebody_elses_repository_is_not_ours(tmp_path, monkeypatch):
+    """Would catch: the commit of a repository into which this project was copied."""
+    monkeypatch.setattr(run_directory, "ROOT", tmp_path / "vendor" / "ours")
+    (tmp_path / "vendor" / "ours").mkdir(parents=True)
+    git = ["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e@example.org"]
+    try:
+        subprocess.run([*git, "init", "-q"], check=True)
+        subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("git does not work here")
+    assert run_directory.commit_here() is None
+    monkeypatch.setattr(run_directory, "ROOT", tmp_path)
+    assert len(run_directory.commit_here()) == 40

@@ -18,9 +18,11 @@ from data.requests import read_requests
 from data.tokenizer import load_tokenizer
 from decoding.constraints import Constraints, banned_tokens
 from model import ExplicitAttention
-from pretrained.checkpoint import fingerprint, load, save
+from pretrained.checkpoint import load, save
+from pretrained.load import load_model
 from pretrained.run_directory import save_prefix
 from sample import generate, sample_token
+from utils.files import read_json, write_json
 
 EOS = 256
 
@@ -177,7 +179,7 @@ def talkative(tmp_path, model_directory):
     model.wpe.weight.data *= 8                          # not the same token for ever
     model.wte.weight.data[[10, *b"ab"]] *= 5
     save(model, tmp_path / "model")
-    model.fingerprint = fingerprint(model)
+    model.fingerprint = load_model(str(tmp_path / "model"), "cpu", "fp32")[0].fingerprint
     for data in ("e2e", "my.jsonl"):
         torch.manual_seed(0)
         save_prefix(tmp_path / data / "prefix.pt", torch.randn(3, 2, 1, 4, 2, 6) / 9, model)
@@ -303,9 +305,9 @@ def test_the_attention_of_the_model_is_the_one_that_is_used(model):
 def test_forced_tokens_come_from_the_models_config(model_directory, tmp_path):
     """Would catch: texts of a BART without the <s> and </s> that the model's makers force."""
     shutil.copytree(model_directory, tmp_path / "model")
-    about = json.loads((tmp_path / "model/config.json").read_text())
+    about = read_json(tmp_path / "model/config.json")
     about["generation_config"] = {"forced_bos_token_id": 65, "forced_eos_token_id": 66}
-    (tmp_path / "model/config.json").write_text(json.dumps(about))
+    write_json(tmp_path / "model/config.json", about)
     generator = sample.Generator(sample.Settings(model=str(tmp_path / "model"), device="cpu",
                                                  max_new_tokens=3))
     assert generator.constraints.forced_bos_token_id == 65

@@ -34,9 +34,10 @@ from model import ExplicitAttention
 from prefix import target_loss
 from pretrained.architectures import flags_of
 from pretrained.load import load_model
-from pretrained.run_directory import load_prefix, run_settings, save_config, starting_point
+from pretrained.run_directory import create, load_prefix, run_settings, starting_point
 from train import Settings, Trainer
 from utils.cli import parse, stop_after_this_step
+from utils.files import temporary_name
 
 # ---- loss and batches
 
@@ -131,7 +132,7 @@ def test_the_loss_that_is_logged_is_the_mean_over_tokens(model, tmp_path):
     pairs = some_pairs(40)
     trainer = some_trainer(model, mid_dim=0, pairs=pairs, dev=dev_batches(pairs, 8, model),
                            lr=1e-12, steps=20, out=str(tmp_path / "run"))
-    save_config(trainer.settings, "", model)
+    create(trainer.settings, "", model)
     train.train(trainer)
     logged = [x["loss"] for x in lines(tmp_path / "run/log.jsonl") if "loss" in x]
     mean = trainer.dev_loss()
@@ -145,7 +146,7 @@ def test_the_seed_decides_where_it_starts_and_in_what_order(model, tmp_path):
         pairs = some_pairs(12)
         trainer = some_trainer(model, pairs=pairs, dev=dev_batches(pairs[:2], 2, model), seed=seed,
                                steps=3, out=str(tmp_path / "r"))
-        save_config(trainer.settings, "", model)
+        create(trainer.settings, "", model)
         orders.append(batches := [])
         trainer.collate = lambda pairs, model, batches=batches: (
             batches.append([pair.ids for pair in pairs]) or causal.collate(pairs, model))
@@ -339,7 +340,7 @@ def same_run(a, b):
 def test_five_and_five_steps_are_ten(task, tmp_path):
     """Would catch: a resumed run with another order of data, learning rate or optimiser state."""
     train.main([*task, "--out", "whole"])
-    train.main([*task, "--out", "parts", "--stop-at", "5"])
+    assert train.main([*task, "--out", "parts", "--stop-at", "5"]) == 0
     assert torch.load("parts/resume.pt", weights_only=True)["step"] == 5
     train.main(["--resume", "parts", "--device", "cpu"])
     same_run(tmp_path / "whole", tmp_path / "parts")
@@ -353,13 +354,13 @@ def test_a_kill_in_the_middle_of_a_write_loses_nothing(task, tmp_path, monkeypat
     a kill leaves. Would catch: half a file under the name of a whole one, or a log that tells a
     step twice.
     """
-    fsync, count = os.fsync, itertools.count(1)
+    replace, count = os.replace, itertools.count(1)
 
-    def copy_and_go_on(number):
+    def copy_and_go_on(*paths):
         if next(count) == write:
             shutil.copytree("whole", "killed")
-        fsync(number)
-    monkeypatch.setattr(os, "fsync", copy_and_go_on)
+        replace(*paths)
+    monkeypatch.setattr(os, "replace", copy_and_go_on)
     train.main([*task, "--out", "whole"])
     assert len(list((tmp_path / "killed").glob("*.tmp"))) == 1
     assert 0 < torch.load("killed/resume.pt", weights_only=True)["step"] < 10
@@ -373,13 +374,13 @@ sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
 import train
-real, left = os.fsync, [int(sys.argv[2])]
-def fsync(number):                      # everything is written, nothing is renamed yet
+real, left = os.replace, [int(sys.argv[2])]
+def replace(*paths):                    # everything is written, nothing is renamed yet
     left[0] -= 1
     if left[0] == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    real(number)
-os.fsync = fsync
+    real(*paths)
+os.replace = replace
 train.main(sys.argv[3:])
 """
 
@@ -410,7 +411,7 @@ def test_ctrl_c_ends_the_step_saves_and_prints_how_to_resume(task, tmp_path, mon
         return train_step(trainer, pairs)
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "train_step", interrupted)
-        train.main([*task, "--out", "long"])
+        assert train.main([*task, "--out", "long"]) == 128 + signal.SIGINT      # the exit status
     assert torch.load("long/resume.pt", weights_only=True)["step"] == 3
     assert ("stopped after step 3; go on with: python train.py --resume long"
             in capsys.readouterr().out)
@@ -419,8 +420,11 @@ def test_ctrl_c_ends_the_step_saves_and_prints_how_to_resume(task, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_program_with_status_0(task, tmp_path):
-    """The same with a process of its own. Would catch: a handler that the program does not set."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_and_is_the_programs_status(task, tmp_path, number):
+    """The same with a process of its own. Would catch: a handler that the program does not set,
+    status 0, after which `&& python -m scripts.evaluate` scores half a prefix.
+    """
     task[task.index("--steps") + 1] = "100000"
     run = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *task, "--out", "long"],
                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -428,10 +432,10 @@ def test_ctrl_c_ends_the_program_with_status_0(task, tmp_path):
     while not (log.exists() and '"loss"' in log.read_text()):
         assert time.monotonic() < deadline and run.poll() is None, "the run never started"
         time.sleep(0.05)
-    run.send_signal(signal.SIGINT)
+    run.send_signal(number)
     out, _ = run.communicate(timeout=60)
     step = torch.load("long/resume.pt", weights_only=True)["step"]
-    assert run.returncode == 0 and f"stopped after step {step}" in out
+    assert run.returncode == 128 + number and f"stopped after step {step}" in out
     assert "go on with: python train.py --resume long" in out
     train.main(["--resume", "long", "--stop-at", str(step + 3), "--device", "cpu"])
     assert torch.load("long/resume.pt", weights_only=True)["step"] == step + 3
@@ -522,16 +526,20 @@ def test_a_run_from_words_is_resumed_too(task, tmp_path):
 def test_a_resumed_run_takes_no_new_settings(task, tmp_path):
     """Not even such as are the default: a flag that is given and ignored would be a lie.
 
-    Would catch: a flag without effect; gigabytes that a kill has left in a folder below.
+    Would catch: a flag without effect; gigabytes that a kill has left, or a file of somebody else's
+    that is removed with them.
     """
     train.main([*task, "--out", "run", "--seed", "7", "--stop-at", "4"])
     for flags in (["--seed", "101"], ["--model", "tiny-gpt2"], ["--clip", "1.0"]):
         with pytest.raises(ValueError, match=f"got {flags[0]} with --resume"):
             train.main(["--resume", "run", *flags])
-    (tmp_path / "run" / "below").mkdir()
-    (tmp_path / "run" / "below" / "model.pt.x.tmp").touch()
+    (tmp_path / "run" / "model").mkdir()
+    for name in ("model/" + temporary_name("model.pt"), temporary_name("resume.pt"), "notes.tmp",
+                 "resume.pt.mine.tmp"):
+        (tmp_path / "run" / name).touch()
     train.main(["--resume", "run", "--device", "cpu"])
-    assert not list((tmp_path / "run").rglob("*.tmp"))
+    left = sorted(path.name for path in (tmp_path / "run").rglob("*.tmp"))
+    assert left == ["notes.tmp", "resume.pt.mine.tmp"]
 
 
 def test_a_run_is_not_resumed_with_other_data(task):
@@ -616,7 +624,7 @@ def test_a_full_disk_is_reported_and_costs_nothing(task):
                            capture_output=True, text=True)
     assert ended.returncode == 2, ended.stderr
     assert "could not write run/resume.pt" in ended.stderr.splitlines()[-1]
-    assert sorted(os.listdir("run")) == ["config.json", "log.jsonl", "prefix.pt"]
+    assert sorted(os.listdir("run")) == [".lock", "config.json", "log.jsonl", "prefix.pt"]
     load_prefix("run/prefix.pt", load_model(task[1], "cpu", "fp32")[0])
 
 

@@ -120,25 +120,35 @@ def out_of_memory(error):
 
 
 def run_program(main, saving_flags="a smaller --batch-size"):
-    """Call `main()` as a program: a user's mistake is one line on stderr and exit status 2; so is a
-    lack of memory, with the flags that save some.
+    """Call `main()` as a program, which ends with the status that it returns; None is 0.
 
-    Anything else, as a mistake of our own or of a package, is one line too, with status 70 and how
-    to see where it comes from. Standard output is UTF-8, as every file is: another encoding may
-    lack a letter of what is said after hours.
+    A user's mistake is one line on stderr and exit status 2; so is a lack of memory, with the flags
+    that save some. Anything else, as a mistake of our own or of a package, is one line too, with
+    status 70 and how to see where it comes from. Standard output is UTF-8, as every file is:
+    another encoding may lack a letter of what is said after hours.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):        # a notebook's is not, and takes every text
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
-        main()
+        status = main()
+        sys.stdout.flush()
+        if status:
+            sys.exit(status)
     except (ValueError, OSError) as error:
         if os.environ.get(TRACEBACK):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        # Of all files only these have no name of their own in their errors.
+        unnamed = isinstance(error, OSError) and error.errno and error.filename is None
+        where = "standard input or output: " if unnamed else ""
+        print(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:         # Python would try it again at the very end, and change the status
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (error.args or (signal.SIGINT,))[0])
     except (SystemExit, GeneratorExit):
         raise
     except BaseException as error:          # a panic of a package in Rust is no Exception
@@ -169,18 +179,25 @@ def optional_module(name, flags):
 
 @contextlib.contextmanager
 def stop_after_this_step():
-    """Ctrl-C (or a cluster's SIGTERM) fills the list that this gives; the loop ends after its step.
+    """Ctrl-C, a cluster's SIGTERM or a terminal that is closed fills the list that this gives with
+    the number of the signal; the loop ends after its step.
 
-    A second signal ends the program at once.
+    A second signal ends the program at once. Under nohup the terminal stays without effect.
     """
-    signals = []
+    signals, terminals = [], [number for number in (1, 2) if os.isatty(number)]
 
     def note(number, frame):
         if signals:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         signals.append(number)
+        if number == hangup:            # the terminals are gone: to write there would be an error
+            for terminal in terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
 
-    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers, hangup = [signal.SIGINT, signal.SIGTERM], getattr(signal, "SIGHUP", None)  # Windows
+    if hangup and signal.getsignal(hangup) is not signal.SIG_IGN:
+        numbers.append(hangup)
+    old = {number: signal.signal(number, note) for number in numbers}
     try:
         yield signals
     finally:

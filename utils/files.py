@@ -1,58 +1,184 @@
-"""Files that are whole or absent: written under another name and renamed, downloads checked.
+"""Files that are whole or absent and on the disk when that is said, and downloads that are checked.
 
-Knows nothing of the project.
+A file is written under another name, flushed to the disk and renamed, and the directory with it, so
+that a crash or a power loss leaves the old file or the new one. Knows nothing of the project.
 """
 import contextlib
+import errno
 import hashlib
 import http.client
+import json
 import os
+import secrets
+import shutil
 import sys
-import tempfile
+import time
 import urllib.request
 from pathlib import Path
 
 from utils.terminal import progress
 
+# ---- writing
+
+def sync_folder(folder):
+    """Flush the names in a directory to the disk; Windows knows no such call."""
+    if os.name == "nt":
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def make_folder(folder):
+    """Create a directory and what is missing above it, on the disk when this returns."""
+    for new in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
+        new.mkdir(exist_ok=True)
+        sync_folder(new.parent)
+
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
-    """Open a file that appears under its name only when it is complete.
+    """Open a file that appears under its name only when it is complete and on the disk.
 
-    It is written under a temporary name in the same directory, flushed to the disk and renamed; a
-    crash, kill -9 or a full disk leaves the file that was there before.
+    A crash, kill -9, a power loss or a full disk leaves the file that was there before. The mode of
+    a file that is replaced stays, a new one has what the umask leaves; a symbolic link stays one.
     """
-    path = Path(path)
-    temporary, new_folder = None, not path.parent.exists()
+    name, path, temporary = path, Path(os.path.realpath(path)), None
+    new_folder = not path.parent.exists()
+    if path.exists() and not path.is_file():
+        raise ValueError(f"got {name} to write, which is no file; give the name of one")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
-        with os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
+        make_folder(path.parent)
+        temporary = path.with_name(temporary_name(path.name))
+        text = {} if "b" in mode else {"encoding": "utf-8"}
+        with open(temporary, mode.replace("w", "x"), **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)             # mkstemp's 0600 would hide a result from a colleague
+        if path.exists():
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except BaseException as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        if new_folder:
-            with contextlib.suppress(OSError):      # not there, or not empty
+        with contextlib.suppress(OSError):          # not there, or not empty
+            if temporary:
+                temporary.unlink(missing_ok=True)
+            if new_folder:
                 path.parent.rmdir()
-        # RuntimeError: torch.save on a full disk; others have nothing to do with writing.
-        if isinstance(error, OSError) or isinstance(error, RuntimeError) and "write" in str(error):
-            raise OSError(f"could not write {path}: {error}; free some space or choose another "
+        # torch.save on a full disk; other RuntimeErrors have nothing to do with writing.
+        torch_save = isinstance(error, RuntimeError) and any(
+            word in str(error) for word in ("write", "inline_container"))
+        if isinstance(error, OSError) or torch_save:
+            raise OSError(f"could not write {name}: {error}; free some space or choose another "
                           "directory, which you may write to; what was there before is "
                           "untouched") from error
         raise
 
 
-def _chunks(reply, url):
-    """The body of a reply piece by piece; a broken connection is a ValueError."""
-    length, got = int(reply.headers.get("Content-Length") or 0), 0
+def temporary_name(name, part=None):
+    """Under what name a file is written at first. part: its random part, or a pattern for it."""
+    return f"{name}.{part or secrets.token_hex(8)}.tmp"
+
+
+def remove_temporaries(path):
+    """Remove what kills in the middle of writing `path` have left; nobody else's files."""
+    for left_behind in path.parent.glob(temporary_name(path.name, "[0-9a-f]" * 16)):
+        left_behind.unlink()
+
+
+def append_lines(path, lines):
+    """Add whole lines to a file: they are on the disk when this returns, or it is as it was."""
+    path, data = Path(path), "".join(lines).encode()
+    try:
+        new = not path.exists()
+        with open(path, "ab", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            try:
+                while data:
+                    data = data[file.write(data):]
+                os.fsync(file.fileno())
+            except BaseException:
+                file.truncate(size)
+                raise
+        if new:
+            sync_folder(path.parent)
+    except OSError as error:
+        raise OSError(f"could not write {path}: {error}; free some space; what was there before "
+                      "is untouched") from error
+
+
+def lock(path):
+    """Take the lock file `path` for as long as this process lives; readers need none.
+
+    Raises ValueError where another process has it. Windows has no such lock, some network file
+    systems neither: there it is only said.
+    """
+    try:
+        import fcntl
+        number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)   # never closed: that would free it
+        fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError) as error:
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EAGAIN):
+            raise ValueError(f"got {Path(path).parent}, in which another process is writing; wait "
+                             "for its end, or choose another directory") from error
+        print(f"{path}: no lock can be held here ({error}); start no second process on it",
+              file=sys.stderr)
+
+
+# ---- JSON with a checksum of its own
+
+def _sum_of(about):
+    return hashlib.sha256(json.dumps(about, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def write_json(path, about):
+    """Write a dictionary as a JSON object, and "sha256", the checksum of the rest."""
+    about = about | {"sha256": _sum_of(about)}
+    with atomic_write(path, "w") as file:
+        json.dump(about, file, indent=1)
+
+
+def read_json(path):
+    """The JSON object in `path` without its "sha256". Raises ValueError where that is not its own;
+    an object that has none, as one written by hand, is taken as it is.
+    """
+    about = json.loads(Path(path).read_text("utf-8"))
+    if not isinstance(about, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    digest = about.pop("sha256", None)
+    if digest is not None and digest != _sum_of(about):
+        raise ValueError(f"{Path(path).name} is damaged or was edited, its sha256 is another: take "
+                         "that line out if you edited it")
+    return about
+
+
+# ---- downloads
+
+UNCHECKED = 100 << 20       # bytes at most of a file without a checksum: settings, a vocabulary
+# Bytes a second over all seconds from the first of these on: less is no download that ends.
+SLOWEST, PATIENCE = 1 << 10, 60
+
+
+def sha256_of(path, any_line_end=False):
+    """SHA-256 of a file, in hex. any_line_end: as if every line ended in "\\n"."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk.replace(b"\r", b"") if any_line_end else chunk)
+    return digest.hexdigest()
+
+
+def _chunks(reply, url, most):
+    """The body of a reply piece by piece, `most` bytes at most; a broken or endless one is a
+    ValueError.
+    """
+    length, got, began = int(reply.headers.get("Content-Length") or 0), 0, time.monotonic()
     with progress(total=length or None, unit="B", name=url.rsplit("/")[-1], unit_scale=True) as bar:
         while True:
             try:
-                chunk = reply.read(1 << 20)
+                chunk = reply.read1(1 << 20)            # what is there: it never waits for more
             except (OSError, http.client.HTTPException) as error:
                 raise ValueError(f"{url}: the connection broke after {got} bytes ({error}); "
                                  "nothing was kept, run the command again") from error
@@ -61,6 +187,11 @@ def _chunks(reply, url):
             yield chunk
             got += len(chunk)
             bar.update(len(chunk))
+            seconds = time.monotonic() - began
+            if got > most or seconds > PATIENCE and got / seconds < SLOWEST:
+                raise ValueError(f"{url}: got {got} bytes in {seconds:.0f} s, expected at most "
+                                 f"{most} and {SLOWEST} a second; nothing was kept, run the "
+                                 "command again, or fetch the file by hand")
     if length and got != length:
         raise ValueError(f"{url}: got {got} bytes, expected {length}; nothing was kept, run the "
                          "command again")
@@ -69,18 +200,18 @@ def _chunks(reply, url):
 def download(url, path, sha256=None, any_line_end=False):
     """Fetch `url` to `path` with a progress bar; the file appears only when whole and checked.
 
-    sha256: expected hex digest; None where none is known: then the digest is printed, so that it
-    can be compared later. any_line_end: take the digest as if every line ended in "\\n".
-    Raises ValueError for a wrong digest or a cut transfer, OSError when there is nothing to fetch.
+    sha256: expected hex digest; None where none is known: then the file may have 100 MB, and the
+    digest is printed, so that it can be compared later. any_line_end: see `sha256_of`. Raises
+    ValueError for a wrong digest or a cut transfer, OSError when there is nothing to fetch.
     """
     digest = hashlib.sha256()
     try:
-        reply = urllib.request.urlopen(url, timeout=60)     # seconds without a single byte
+        reply = urllib.request.urlopen(url, timeout=PATIENCE)       # seconds without a single byte
     except (OSError, http.client.HTTPException) as error:   # urllib's own errors are OSErrors
         raise OSError(f"could not download {url}: {error}; check the connection, or fetch it on "
                       f"another machine and put it at {path}") from error
     with reply, atomic_write(path) as file:
-        for chunk in _chunks(reply, url):
+        for chunk in _chunks(reply, url, 1 << 40 if sha256 else UNCHECKED):
             file.write(chunk)
             digest.update(chunk.replace(b"\r", b"") if any_line_end else chunk)
         if sha256 and digest.hexdigest() != sha256:
@@ -89,3 +220,21 @@ def download(url, path, sha256=None, any_line_end=False):
     if not sha256:
         print(f"{path}: SHA-256 {digest.hexdigest()} (none is known to compare it with)",
               file=sys.stderr)
+
+
+def fetch_file(url, path, sha256=None, any_line_end=False):
+    """`download`, unless the file is there already and is the right one.
+
+    One with another digest is fetched again. Where none is known it is printed instead.
+    """
+    if not path.exists():
+        download(url, path, sha256, any_line_end)
+        return
+    found = sha256_of(path, any_line_end)
+    if sha256 in (None, found):
+        print(f"{path} is there already, SHA-256 {found}"
+              + ("" if sha256 else " (none is known to compare it with)"), file=sys.stderr)
+        return
+    print(f"{path} is damaged: SHA-256 {found}, expected {sha256}; it is fetched again",
+          file=sys.stderr)
+    download(url, path, sha256, any_line_end)

@@ -13,6 +13,7 @@ from decoding.beam import beam_search
 from decoding.constraints import Constraints
 from decoding.state import DecodingState
 from model import ExplicitAttention
+from pretrained.load import load_model
 from pretrained.run_directory import save_prefix
 from sample import generate, sample_token
 
@@ -216,7 +217,7 @@ def run(tmp_path, bart_directory):
     settings = {"model": str(bart_directory), "data": "xsum", "max_source": 10}
     (folder / "config.json").write_text(json.dumps({"settings": settings}))
     bart = random_bart()
-    bart.fingerprint = json.loads((bart_directory / "config.json").read_text())["fingerprint"]
+    bart.fingerprint = load_model(str(bart_directory), "cpu", "fp32")[0].fingerprint
     torch.manual_seed(1)
     prefix = BARTPrefix(bart.empty_prefix(), bart.width, dict(encoder=3, cross=2), 16).fold()
     save_prefix(folder / "prefix.pt", prefix, bart)

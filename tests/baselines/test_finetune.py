@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+import os
 import shutil
 
 import pytest
@@ -101,6 +102,26 @@ def test_a_fine_tuned_run_is_resumed_and_decoded_as_its_own_model(task, tmp_path
     assert losses[-1] < losses[0] and all(map(math.isfinite, losses))
 
 
+def test_a_reader_always_finds_the_best_model_whole(task, monkeypatch):
+    """At every operation on a file after the first saving. Would catch: the last good model removed
+    before the new one stands.
+    """
+    found = []
+
+    def look(place):
+        original = getattr(os, place)
+
+        def look_and_do(*given, **options):
+            if os.path.exists("run/resume.pt"):
+                found.append(load("run/model").wte.weight.sum())
+            return original(*given, **options)
+        monkeypatch.setattr(os, place, look_and_do)
+    for place in ("replace", "unlink", "fsync"):
+        look(place)
+    train.main([*task, "--method", "finetune", "--out", "run"])
+    assert len(found) > 10 and len(set(found)) > 1
+
+
 def test_fine_tuning_is_in_fp32_and_the_run_keeps_its_dtype(task, monkeypatch):
     """As on a GPU, where left out means bf16. Would catch: steps of 1e-5 rounded away in bf16."""
     dtypes = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -167,7 +188,7 @@ def test_a_model_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatc
         again = load(tmp_path / "model", dtype=torch.float64)
         assert torch.equal(again.wte.weight, random_gpt2(seed=1).wte.weight)
     # New weights, and no config.json.
-    monkeypatch.setattr("pretrained.checkpoint.json.dump", full)
+    monkeypatch.setattr("utils.files.json.dump", full)
     with pytest.raises(OSError):
         save(random_gpt2(seed=2), tmp_path / "model")
     with pytest.raises(ValueError, match="has no config.json"):

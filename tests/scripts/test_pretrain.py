@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from data.tokenizer import load_tokenizer
 from data.toy_world.text import FIRST, document, encode
-from pretrained.checkpoint import load
+from pretrained.checkpoint import load, save
 from scripts import muon, pretrain
 
 BUNDLED = ROOT / "weights" / "tiny-gpt2"
@@ -157,6 +157,17 @@ def test_a_run_is_not_mixed_with_another(directory):
         train(directory / "new", "--width", "0")
     with pytest.raises(ValueError, match="got --width .* and --heads 7; expected a width"):
         train(directory / "new", "--heads", "7")
+
+
+@pytest.mark.parametrize("rate, words", [("inf", "got --matrix-lr inf; expected"),
+                                         ("1e30", "got a loss of .* by step .*lower --lr")])
+def test_a_pre_training_that_runs_away_leaves_the_model_alone(directory, rate, words):
+    """Catches NaN written over the bundled weights."""
+    save(pretrain.new_model(pretrain.Settings(width=8, layers=1, heads=1)), directory / "w")
+    before = (directory / "w" / "model.pt").read_bytes()
+    with pytest.raises(ValueError, match=words):
+        train(directory, "--lr", "1e30", "--matrix-lr", rate)
+    assert (directory / "w" / "model.pt").read_bytes() == before
 
 
 def test_the_bundled_model_is_small_and_copies_names_it_never_read(tokenizer):

@@ -1,8 +1,15 @@
-"""What the harnesses share: flags, a small task in a folder, children of this process."""
+"""What the harnesses share: a small task in a folder, programs in children of this process, and
+what makes two runs the same.
+
+A child is a fork, so that PyTorch is imported once: a run of ten steps takes half a second.
+"""
 import argparse
 import contextlib
+import io
 import json
 import os
+import random
+import shutil
 import sys
 import tempfile
 import traceback
@@ -11,9 +18,13 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"             # forked children: no thread may be there before
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import torch  # noqa: E402
 from conftest import random_gpt2  # noqa: E402
 
+import train  # noqa: E402
 from pretrained.checkpoint import save  # noqa: E402
+from pretrained.run_directory import COPIED  # noqa: E402
+from utils.cli import run_program  # noqa: E402
 
 STEPS, DEV_EVERY = 20, 4
 
@@ -54,9 +65,18 @@ def make_task(folder):
     with open(folder / "my.jsonl", "w") as file:
         for i in range(40):
             file.write(json.dumps({"source": f"n : {i}", "target": f"it is {i}"}) + "\n")
-    return ["--model", str(folder / "bytes"), "--data", str(folder / "my.jsonl"), "--device", "cpu",
-            "--lr", "1e-2", "--steps", str(STEPS), "--batch-size", "4", "--dev-every",
-            str(DEV_EVERY)]
+    flags = ["--model", str(folder / "bytes"), "--data", str(folder / "my.jsonl"), "--device",
+             "cpu", "--lr", "1e-2", "--steps", str(STEPS), "--batch-size", "4", "--dev-every",
+             str(DEV_EVERY)]
+    # Here once: what PyTorch imports at its first step it would import in every child, for 2 s.
+    torch.set_num_threads(1)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        train.main([*flags, "--mid-dim", "8", "--steps", "1", "--out", str(folder / "first")])
+    shutil.rmtree(folder / "first")
+    return flags
+
+
+METHODS = {"prefix": ["--mid-dim", "8"], "finetune": ["--method", "finetune"]}
 
 
 def child(function, output="output.txt"):
@@ -89,9 +109,78 @@ def status_of(number):
     return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
 
 
+def start(flags, before=lambda: None, output="output.txt"):
+    """train.py with `flags` in a child, after a call of `before` there."""
+    def program():
+        torch.set_num_threads(1)
+        train.show = lambda *_: None                # it costs more time than the ten steps
+        before()
+        run_program(lambda: train.main(flags))
+    return child(program, output)
+
+
+def finished(flags, output="output.txt"):
+    """The same, to its end; an error here is one of the harness's."""
+    status = status_of(start(flags, output=output))
+    if status:
+        raise RuntimeError(f"train.py {' '.join(flags)}: status {status}\n"
+                           + Path(output).read_text())
+
+
+def tensors_in(saved, name=""):
+    """{name: tensor or plain value} of whatever torch.save has written, copies of files left out.
+    """
+    if isinstance(saved, dict):
+        return {k: v for key, value in saved.items() if key != "files"
+                for k, v in tensors_in(value, f"{name}.{key}").items()}
+    if isinstance(saved, (list, tuple)):
+        return tensors_in(dict(enumerate(saved)), name)
+    return {name: saved}
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    return type(a) is type(b) and a == b
+
+
+def log_of(run):
+    """Step and dev loss of each line of a log; of the others the step alone, for the mean training
+    loss is that of the steps since the line before or since the run went on.
+    """
+    lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+    return [(line["step"], line.get("dev_loss")) for line in lines]
+
+
+def differences(run, reference):
+    """What of two finished runs is not the same: tensors, to the bit, and lines of the log."""
+    found = []
+    for name in ("resume.pt", *COPIED[1:]):
+        paths = Path(run) / name, Path(reference) / name
+        if paths[0].exists() != paths[1].exists():
+            found.append(f"{name} is there once")
+        elif paths[0].exists():
+            a, b = (tensors_in(torch.load(path, weights_only=True)) for path in paths)
+            found += [f"{name} {key}" for key in a.keys() | b.keys()
+                      if key not in a or key not in b or not equal(a[key], b[key])]
+    if log_of(run) != log_of(reference):
+        found.append(f"log.jsonl: {len(log_of(run))} lines, expected {len(log_of(reference))}")
+    return found + [f"{path.name} is left" for path in Path(run).rglob("*.tmp")]
+
+
 def end(text, failures):
     """Print what was found; status 1 where anything was."""
     for failure in failures[:20]:
         print("FAILED", failure)
     print(f"{text}: {len(failures)} failed")
     sys.exit(bool(failures))
+
+
+def chosen(most, count, seed):
+    """`count` of the numbers from 1 to `most`, each as often as any other, in random order."""
+    rng, numbers = random.Random(seed), []
+    while len(numbers) < count:
+        every = list(range(1, most + 1))
+        rng.shuffle(every)
+        numbers += every
+    return numbers[:count]

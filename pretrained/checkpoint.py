@@ -118,7 +118,6 @@ def load(directory, device="cpu", dtype=torch.float32):
         model.fingerprint = fingerprint(model)
         if about.get("fingerprint", model.fingerprint) != model.fingerprint:
             raise ValueError("model.pt holds other weights than config.json names")
-        check_finite(state, directory / "model.pt")
     except FileNotFoundError as error:
         raise ValueError(f"got {directory}, which has no {Path(error.filename).name}; expected "
                          "what `python -m pretrained.convert` writes; make it with that") from error

@@ -46,7 +46,7 @@ def save_prefix(path, folded, model):
     """Write a folded prefix, (L, 2, 1, H, P, D) or three such, and its model's fingerprint."""
     parts = [part.float().cpu() for part in tensors_of(folded)]
     prefix = dict(zip(folded._fields, parts)) if isinstance(folded, tuple) else parts[0]
-    check_finite(dict(enumerate(parts)), path)
+    check_finite(prefix if isinstance(prefix, dict) else {"the prefix": prefix}, path)
     with atomic_write(path) as file:
         torch.save({"format": FORMAT, "fingerprint": model.fingerprint, "prefix": prefix}, file)
 

@@ -223,12 +223,12 @@ def test_an_error_without_a_file_is_of_the_standard_output(capsys):
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
 def test_a_terminal_that_closes_ends_the_step_unless_nohup_says_no(monkeypatch):
     """Would catch a run lost with its window; and one that stops although it was to stay."""
-    before = signal.getsignal(signal.SIGHUP)
-    with stop_after_this_step() as signals:
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert signals == [signal.SIGHUP]
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)       # these tests may run under nohup
     try:
+        with stop_after_this_step() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals == [signal.SIGHUP]
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with stop_after_this_step() as signals:
             os.kill(os.getpid(), signal.SIGHUP)
             assert signals == []

@@ -18,6 +18,7 @@ from pretrained import convert as program
 from pretrained.checkpoint import load
 from pretrained.gguf_file import convert_gguf, make_tokenizer, read_gguf
 from pretrained.hub import PACKAGES
+from pretrained.load import load_model
 from pretrained.run_directory import load_prefix
 from sample import generate
 from utils.cli import run_program
@@ -257,7 +258,7 @@ def test_the_trained_prefix_writes_about_its_table(smollm2_directory):
     the package, or that is put in front of it in another way than it was trained. The food, which
     greedy decoding leaves out here, is not asked for.
     """
-    model, tokenizer = load(smollm2_directory), load_tokenizer(smollm2_directory)
+    model, tokenizer = load_model(str(smollm2_directory), "cpu", "fp32")
     prefix = load_prefix(ROOT / "prefixes/smollm2-e2e/prefix.pt", model)
     source = ("name : Blue Spice | Type : restaurant | food : Thai | price : cheap | area : city "
               "centre | near : The Portland Arms")

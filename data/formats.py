@@ -13,11 +13,10 @@ import io
 import json
 import xml.etree.ElementTree as ElementTree
 import zlib
-from pathlib import Path
 
 from data.example import check_text, short
+from utils.files import LARGEST, plain_file
 
-LARGEST = 256 << 20     # bytes, unpacked, of a line, or of a file that is one document
 # What packed files begin with, and what unpacks them.
 PACKED = {b"PK\x03\x04": "unzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"(\xb5/\xfd": "unzstd"}
 
@@ -35,10 +34,7 @@ def raw_lines(path):
     """The lines of a file as bytes, unpacked where it is gzip, whatever its name says; in memory is
     one at a time.
     """
-    # A pipe may wait for ever, and /dev/zero never ends.
-    if not Path(path).is_file() and Path(path).exists():
-        raise ValueError(f"got {path}, which cannot be read (no plain file); expected a file; "
-                         "write what it gives to one first")
+    plain_file(path)
     try:
         with open(path, "rb") as file:
             start = file.read(6)

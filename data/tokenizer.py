@@ -11,12 +11,12 @@ All tokenizers answer `encode`, `decode`, `source_ids`, `target_ids` and `text_o
 <|endoftext|> does not end there.
 """
 import base64
-import json
 from pathlib import Path
 
 import tiktoken
 
 from data.example import check_blanks
+from utils.files import read_json_object, read_whole
 
 # How GPT-2 cuts text before bytes are merged: 's, 't and so on; runs of letters, of digits, of
 # other signs, each with one blank before it; then the other blanks.
@@ -31,7 +31,7 @@ OWN_FILES = ("tokenizer.tiktoken", "dict.txt", "vocab.json", "tokenizer.json")
 def read_ranks(path):
     """Token (bytes) -> number, from a file in tiktoken's format; lower numbers are merged first."""
     ranks = {}
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(read_whole(path).split(b"\n"), 1):
         if not line.strip():
             continue
         try:
@@ -59,14 +59,14 @@ def read_dict(path):
 
     Line n (from 0) is number n + 4: `BPE-NUMBER COUNT`; "madeupword0000" and others fill up.
     """
-    words = [line.split(" ")[0] for line in path.read_text("utf-8").splitlines()]
+    words = [line.split(" ")[0] for line in read_whole(path).decode("utf-8").splitlines()]
     numbers = [int(word) if word.isdigit() else word for word in words]
     return dict(enumerate([START, PAD, END, UNKNOWN, *numbers, MASK]))
 
 
 def read_vocab(path):
     """Token in GPT-2's letters -> number, of Hugging Face's vocab.json or tokenizer.json."""
-    about = json.loads(path.read_text("utf-8"))
+    about = read_json_object(path)
     return dict(about["model"]["vocab"] if path.name == "tokenizer.json" else about)
 
 
@@ -233,7 +233,7 @@ def load_tokenizer(directory):
     """
     directory = Path(directory)
     if (directory / "tokenizer.json").exists():
-        about = json.loads((directory / "config.json").read_text("utf-8"))
+        about = read_json_object(directory / "config.json")
         if about.get("architecture") != "bart":         # a BART's: the numbers of GPT-2's tokens
             kind = JSONTokenizer if about.get("architecture") == "gpt2" else LlamaTokenizer
             return kind(directory, about)

@@ -17,7 +17,7 @@ import torch
 
 from data.tokenizer import OWN_FILES
 from pretrained.architectures import architecture, check_config
-from utils.files import atomic_write, read_json, sha256_of, write_json
+from utils.files import atomic_write, plain_file, read_json, sha256_of, write_json
 
 # What reading a file that is damaged, or is something else, can raise.
 UNREADABLE = (OSError, EOFError, LookupError, ArithmeticError, AttributeError, TypeError,
@@ -45,7 +45,7 @@ def read_tensors(path):
 
     Its zip format has a checksum (CRC-32) of every tensor, which PyTorch itself does not compare.
     """
-    with open(path, "rb") as file:
+    with open(plain_file(path), "rb") as file:
         is_zip = file.read(4) == b"PK\3\4"      # the format before PyTorch 1.6 has no checksums
     if is_zip:
         with zipfile.ZipFile(path) as archive:

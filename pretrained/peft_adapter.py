@@ -19,7 +19,7 @@ from pretrained.hub import NAMES
 from pretrained.hugging_face import read_file
 from pretrained.load import load_model
 from pretrained.run_directory import load_run, run_settings, save_prefix
-from utils.files import atomic_write, write_json
+from utils.files import atomic_write, read_json_object, write_json
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -79,7 +79,7 @@ def read_config(directory):
     """peft's adapter_config.json. Raises ValueError unless it is of a prefix that fits here."""
     path = Path(directory) / "adapter_config.json"
     try:
-        about = json.loads(path.read_text("utf-8"))
+        about = read_json_object(path)
         kind, task = about["peft_type"], about["task_type"]
         if not isinstance(about.get("base_model_name_or_path"), (str, type(None))):
             raise TypeError("its base_model_name_or_path is no text")

@@ -30,7 +30,7 @@ from pretrained.run_directory import append_log, put_back, save_state
 from scripts.learn_bpe import learn_tokens, world_texts, write_tokens
 from scripts.muon import Muon
 from utils.cli import flag, parse, run_program
-from utils.files import atomic_write, lock, make_folder
+from utils.files import atomic_write, lock, make_folder, memory
 
 
 @dataclasses.dataclass
@@ -133,6 +133,12 @@ def new_model(settings, empty_model=empty_model):
     With words further apart copying begins sooner; after 3M tokens it is no better than with 0.02
     (one run each). BART's are alike.
     """
+    with torch.device("meta"):          # each layer may fit into the memory, and all of them not
+        number = sum(weight.numel() for weight in empty_model(settings).parameters())
+    if number * 4 > (most := memory()):
+        raise ValueError(f"got a model of {number:,} parameters, {number * 4 >> 30:,} GiB; "
+                         f"expected at most the {most >> 30:,} GiB of this computer's memory; give "
+                         "a smaller --width, --layers or --vocabulary")
     torch.manual_seed(settings.seed)
     model = empty_model(settings)
     for name, weight in model.named_parameters():

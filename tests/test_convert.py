@@ -203,6 +203,8 @@ def test_what_is_missing_is_named(tmp_path):
     refused(directory, "part-1.bin")
     (directory / "pytorch_model.bin.index.json").write_text("{}")
     refused(directory, "weight_map")
+    (directory / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "../b.bin"}}')
+    refused(directory, "weight_map of names of files")
     (directory / "pytorch_model.bin").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     refused(directory, "git lfs pull")
     for text in ("{", "[]", '{"model_type": "gp'):
@@ -373,6 +375,27 @@ def test_a_name_is_downloaded_checked_and_converted(hub, tmp_path):
     assert torch.equal(load(tmp_path / "out").wte.weight, small().wte.weight)
     repository, commit = NAMES["gpt2-medium"]
     assert f"GET /{repository}/resolve/{commit}/config.json" in hub.asked
+
+
+def test_a_large_model_comes_in_shards(hub, tmp_path):
+    """Catches: only models in one file known; a page with the older format alone; one shard less,
+    or one that is not checked.
+    """
+    for name in [name for name in hub.files if name != "config.json"]:
+        del hub.files[name]
+    directory = write(tmp_path / "sharded", foreign(small()), "shards")
+    (directory / "vocab.json").write_text(json.dumps({"\u0120the": 262, "<|endoftext|>": 50256}))
+    hub.files |= {path.name: path.read_bytes() for path in directory.iterdir()}
+    hub.sums = {name: hashlib.sha256(body).hexdigest() for name, body in hub.files.items()}
+    fetch("owner/name", tmp_path / "out", hub.url)
+    assert torch.equal(load(tmp_path / "out").wte.weight, small().wte.weight)
+    assert sum("GET /owner" in line and "part-" in line for line in hub.asked) == 2
+    hub.sums["part-1.bin"] = "0" * 64
+    with pytest.raises(ValueError, match="part-1.bin: got SHA-256"):
+        fetch("owner/name", tmp_path / "other", hub.url)
+    del hub.files["part-1.bin"]
+    with pytest.raises(FileNotFoundError, match="part-1.bin"):
+        fetch("owner/name", tmp_path / "third", hub.url)
 
 
 def test_the_sum_is_read_before_the_redirection(hub):

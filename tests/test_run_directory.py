@@ -3,6 +3,7 @@ damaged, what going on puts back, who may write.
 """
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -254,3 +255,23 @@ def test_the_commit_of_somebody_elses_repository_is_not_ours(tmp_path, monkeypat
     assert run_directory.commit_here() is None
     monkeypatch.setattr(run_directory, "ROOT", tmp_path)
     assert len(run_directory.commit_here()) == 40
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")],
+                         ids=["a pipe", "what never ends"])
+def test_what_never_ends_is_no_run_and_no_model(model_directory, tmp_path, make):
+    """Would catch: a program that waits for ever, or that fills the memory."""
+    run, model = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(model_directory, model)
+    run.mkdir()
+    save_prefix(run / "prefix.pt", load(model).empty_prefix(), load(model))
+    (run / "config.json").write_text('{"settings": {"model": "x"}}')
+    doors = {run / "prefix.pt": lambda: load_prefix(run / "prefix.pt", load(model)),
+             run / "config.json": lambda: run_settings(run),
+             model / "tokenizer.tiktoken": lambda: load_model(str(model), "cpu", "fp32"),
+             model / "config.json": lambda: load(model), model / "model.pt": lambda: load(model)}
+    for path, door in doors.items():
+        path.unlink()
+        make(path)
+        with pytest.raises(ValueError, match="no plain file"):
+            door()

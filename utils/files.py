@@ -127,6 +127,50 @@ def lock(path):
               file=sys.stderr)
 
 
+# ---- reading
+
+LARGEST = 256 << 20     # bytes, unpacked, of what is read as a whole: settings, a document, a line
+
+
+def plain_file(path):
+    """`path`. Raises ValueError for what may never end, as a pipe or a device, and for a directory;
+    a file that is not there is for whoever opens it.
+    """
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"got {path}, which cannot be read (no plain file); expected a file; "
+                         "write what it gives to one first")
+    return path
+
+
+def read_whole(path):
+    """The bytes of a file, which may have LARGEST; else a ValueError."""
+    with open(plain_file(path), "rb") as file:
+        data = file.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise ValueError(f"got {path} of more than {LARGEST >> 20} MB; expected a smaller file; "
+                         "take the right one")
+    return data
+
+
+def read_json_object(path):
+    """The dictionary in a JSON file. Raises OSError and ValueError."""
+    try:
+        about = json.loads(read_whole(path).decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply for JSON") from error
+    if not isinstance(about, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return about
+
+
+def memory():
+    """The bytes of this computer's memory; where that cannot be asked, as on Windows, no limit."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):
+        return 1 << 63
+
+
 # ---- JSON with a checksum of its own
 
 def _sum_of(about):
@@ -144,9 +188,7 @@ def read_json(path):
     """The JSON object in `path` without its "sha256". Raises ValueError where that is not its own;
     an object that has none, as one written by hand, is taken as it is.
     """
-    about = json.loads(Path(path).read_text("utf-8"))
-    if not isinstance(about, dict):
-        raise ValueError(f"{path} holds no JSON object")
+    about = read_json_object(path)
     digest = about.pop("sha256", None)
     if digest is not None and digest != _sum_of(about):
         raise ValueError(f"{Path(path).name} is damaged or was edited, its sha256 is another: take "
@@ -164,7 +206,7 @@ SLOWEST, PATIENCE = 1 << 10, 60
 def sha256_of(path, any_line_end=False):
     """SHA-256 of a file, in hex. any_line_end: as if every line ended in "\\n"."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open(plain_file(path), "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk.replace(b"\r", b"") if any_line_end else chunk)
     return digest.hexdigest()

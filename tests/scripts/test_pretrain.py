@@ -155,6 +155,8 @@ def test_a_run_is_not_mixed_with_another(directory):
         train(directory, "--resume", "--lr", "1")
     with pytest.raises(ValueError, match="got --width 0; expected a number from 1"):
         train(directory / "new", "--width", "0")
+    with pytest.raises(ValueError, match="got a model of .* parameters.* memory; give a smaller"):
+        train(directory / "new", "--width", "9600", "--layers", "1000")
     with pytest.raises(ValueError, match="got --width .* and --heads 7; expected a width"):
         train(directory / "new", "--heads", "7")
 

@@ -173,13 +173,14 @@ def train(run, settings, out):
             words += ["--data-dir", settings.data_dir]
     else:
         words = ["train.py", "--resume", str(out)]
-    parts = read_rows(out.with_suffix(".parts.jsonl"))          # of a run that was stopped
+    calls = out.with_name(f"{out.name}.parts.jsonl")    # the rate in a name has a point of its own
+    parts = read_rows(calls)                            # of a run that was stopped
     if not parts or parts[-1]["step"] < parts[-1]["steps"]:
         seconds, memory = call(words)
         steps = json.loads((out / "config.json").read_text("utf-8"))["settings"]["steps"]
         parts.append({"seconds": seconds, "peak_MB": memory, "steps": steps,
                       "step": read_rows(out / "log.jsonl")[-1]["step"]})
-        write_rows(out.with_suffix(".parts.jsonl"), parts)
+        write_rows(calls, parts)
     about = json.loads((out / "config.json").read_text("utf-8"))
     log = read_rows(out / "log.jsonl")
     losses = [(row["step"], round(row["dev_loss"], 4)) for row in log if "dev_loss" in row]

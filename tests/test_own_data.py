@@ -8,12 +8,13 @@ import pytest
 from conftest import ROOT
 
 import train
-from data import own, paper
+from data import own
 from data.example import Example
 from data.requests import answer_line, read_requests
 from data.tasks import load
 from data.toy_world.tables import task
 from data.toy_world.text import known_share
+from pretrained.run_directory import names_of
 
 ROWS = [("a, b", 'the "first"'), ("c", "two\nlines"), ("a, b", "third"), ("d\te", "fourth £")]
 
@@ -89,7 +90,7 @@ def test_what_is_not_plain_is_answered_with_the_next_step(tmp_path, name, text, 
 def test_the_run_is_called_as_the_data_and_its_sources_are_read_as_they_were(tmp_path):
     """Would catch: out/tiny-gpt2-my.csv; sources that sample.py looks for under another name."""
     args = train.Settings(data=str(tmp_path / "my.csv.gz"))
-    assert paper.resolve_training(args).out == "out/tiny-gpt2-my"
+    assert next(iter(names_of(args))) == "out/tiny-gpt2-my"
     path = write_form(tmp_path / "in.csv", names=("text", "summary"))
     assert [source for source, _ in read_requests(path, ["r"], "text")] == ["a, b", "c", "a, b",
                                                                              "d\te"]

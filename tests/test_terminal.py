@@ -146,14 +146,20 @@ def test_on_a_terminal_there_are_arrows_and_two_ways_out(end):
     program = ("from utils.terminal import typed_lines\n"
                "for line in typed_lines('source> ', 'source'): print('got', line, flush=True)")
     main, child = pty.openpty()
-    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdin=child, stdout=child,
-                          stderr=child, env={**os.environ, "TERM": "dumb"}) as process:
-        os.close(child)
-        seen = b""
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdin=child, stdout=child,
+                               stderr=child, env={**os.environ, "TERM": "dumb"})
+    os.close(child)
+    seen = b""
+    try:
         for answers, typed in enumerate((b"hello\n", b"\x1b[A\n", end)):
-            while seen.count(b"got hello") < answers or b"source> " not in seen:
+            # Ctrl-D means nothing before the next prompt stands there: until then the terminal's
+            # own lines are on.
+            while (seen.count(b"got hello") < answers
+                   or b"source> " not in seen.rpartition(b"got hello")[2]):
                 seen += os.read(main, 1000)
             os.write(main, typed)
         assert process.wait(timeout=30) == 0
-    os.close(main)
+    finally:
+        process.kill()
+        os.close(main)
     assert b"type a source and press Enter" in seen and b"`quit` or Ctrl-D ends" in seen

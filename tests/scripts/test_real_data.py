@@ -82,11 +82,14 @@ def real_data_dir(real_data):
 @pytest.mark.slow
 def test_runs_to_their_end_once(real_data_dir, tmp_path, monkeypatch):
     """A template, a prefix in few pairs and fine-tuning, on the bundled model; what is in the
-    results is not run again, and a run that was stopped goes on.
+    results is not run again, and a run that was stopped goes on. Two rates of one method are two
+    runs: the second was taken for the first, whose name is the same up to the decimal point.
     """
     few = ("--steps", "4", "--batch-size", "4", "--dev-pairs", "8")
     runs = [Run("untrained", "template-e2e", "e2e"),
             Run("low", "low-50-1-prefix", "low-50-1", ("--prefix-len", "3", *few)),
+            *(Run("grid", f"grid-prefix-{lr}", "low-50-1", ("--lr", lr, *few))
+              for lr in ("0.001", "0.002")),
             Run("main", "e2e-finetune", "e2e", ("--method", "finetune", "--share-source", "3",
                                                 *few), True)]
     monkeypatch.setattr(real_data, "plan", lambda rows: runs)
@@ -114,10 +117,11 @@ def test_runs_to_their_end_once(real_data_dir, tmp_path, monkeypatch):
     assert [row["name"] for row in rows] == [run.name for run in runs]
     assert rows[0]["greedy"]["all"]["BLEU"] > 20 and rows[0]["greedy"]["said"]["name"] == 100
     assert rows[1]["steps"] == 4 and rows[1]["greedy"]["all"]["tables"] == 6
-    assert rows[2]["method"] == "finetune" and {"greedy", "beams"} <= rows[2].keys()
-    assert sum("train.py" in words for words in seen) == 3      # fine-tuning was not begun again
+    assert [row["lr"] for row in rows[2:4]] == [1e-3, 2e-3]
+    assert rows[4]["method"] == "finetune" and {"greedy", "beams"} <= rows[4].keys()
+    assert sum("train.py" in words for words in seen) == 5      # fine-tuning was not begun again
     parts = [json.loads(line) for line in
              (tmp_path / "out" / "e2e-finetune.parts.jsonl").read_text().splitlines()]
-    assert rows[2]["train_seconds"] == parts[0]["seconds"] and len(parts) == 1
+    assert rows[4]["train_seconds"] == parts[0]["seconds"] and len(parts) == 1
     real_data.main(words)
-    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 3
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 5

@@ -6,14 +6,12 @@ Reads the file and nothing else; the rules of choice and verdict are those of do
 Needs matplotlib for the picture; without it the table is still written.
 """
 import dataclasses
-import re
 import statistics
 from pathlib import Path
 
-from scripts.drawing import new_figure, plain_panel, save_picture
+from scripts.drawing import new_figure, plain_panel, save_picture, write_between
 from scripts.results import read_rows
 from utils.cli import flag, parse, run_program
-from utils.files import atomic_write
 
 SMALL, TINY, TUNED = "prefix 1 %", "prefix 0.1 %", "fine-tuning"
 COLOURS = {SMALL: "tab:orange", TINY: "tab:red", TUNED: "tab:blue"}
@@ -187,15 +185,7 @@ def main(argv=None):
     if missing(results):
         raise ValueError(f"got {settings.results} without runs of {'; '.join(missing(results))}; "
                          "expected the whole plan; run the rest, or give claims.py --no-picture")
-    page, marks = Path(settings.page), ("<!-- claims -->", "<!-- end of claims -->")
-    new = f"{marks[0]}\n{table(results)}\n{marks[1]}"
-    text, found = re.subn(f"{marks[0]}.*{marks[1]}", lambda _: new, page.read_text("utf-8"),
-                          flags=re.DOTALL)
-    if not found:
-        raise ValueError(f"got {page}, which has no place for the table; expected {marks[0]} "
-                         f"{marks[1]}; add them")
-    with atomic_write(page, "w") as file:
-        file.write(text)
+    write_between(Path(settings.page), "claims", table(results))
     print(table(results))
     save_picture(settings.picture, draw, results)
 

@@ -1,5 +1,6 @@
-"""What all scripts that draw share: matplotlib, which is optional, and pictures written whole."""
+"""What scripts that draw share: matplotlib, which is optional; pictures and pages written whole."""
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -40,3 +41,16 @@ def save_picture(path, draw, *args):
         with atomic_write(path) as file:
             file.write(picture)
     return bool(picture)
+
+
+def write_between(page, name, text):
+    """Put `text` into the page in the place of what stands between the marks of that name."""
+    marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    new = f"{marks[0]}\n{text}\n{marks[1]}"
+    whole, found = re.subn(f"{marks[0]}.*{marks[1]}", lambda _: new, page.read_text("utf-8"),
+                           flags=re.DOTALL)
+    if not found:
+        raise ValueError(f"got {page}, which has no place for its tables; expected {marks[0]} "
+                         f"{marks[1]}; add them")
+    with atomic_write(page, "w") as file:
+        file.write(whole)

@@ -229,6 +229,16 @@ def said(rows):
     return {"said": shares}
 
 
+def first_texts(path, data, count=10):
+    """[source, text] of the first texts of a test set, so that nobody picks; of WebNLG's those of
+    unseen categories.
+    """
+    rows = [row for row in read_rows(path) if "source" in row]      # without a line of settings
+    if data == "webnlg":
+        rows = [row for row in rows if row["topic"] not in tasks.WEBNLG_SEEN]
+    return [[row["source"], row["text"]] for row in rows[:count]]
+
+
 def untrained_texts(run, settings, examples):
     """What the template, or the frozen model asked by its chat prompt, says of each source."""
     what, _, _ = run.name.partition("-")
@@ -247,7 +257,8 @@ def untrained_texts(run, settings, examples):
 def score_untrained(run, settings):
     examples = tasks.load(run.data, "test", settings.data_dir or None)[:settings.limit or None]
     texts = untrained_texts(run, settings, examples)
-    rows = [{"source": e.source, "text": text} for e, text in zip(examples, texts)]
+    rows = [{"source": e.source, "topic": e.topic, "text": text}
+            for e, text in zip(examples, texts)]
     write_rows(Path(settings.out) / f"{run.name}.jsonl", rows)
     found = {}
     for part, chosen in parts_of(run.data, examples, False).items():
@@ -275,10 +286,12 @@ def carry_out(run, settings):
     out, row = Path(settings.out) / run.name, run._asdict() | conditions(settings)
     if not run.flags:
         row["greedy"] = score_untrained(run, settings)
+        row["texts"] = first_texts(Path(settings.out) / f"{run.name}.jsonl", run.data)
     else:
         row |= train(run, settings, out)
         if "grid" not in run.group:
             row["greedy"] = decode(run, settings, out, beams=False)
+            row["texts"] = first_texts(out / "greedy" / "test.jsonl", run.data)
         if run.beams:
             row["beams"] = decode(run, settings, out, beams=True)
     return row | {"date": f"{datetime.date.today()}", "machine": machine(),

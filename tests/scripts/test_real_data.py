@@ -5,8 +5,9 @@ import pytest
 
 from baselines import untrained
 from data import tasks
-from scripts import real_data
+from scripts import draw_real_data, real_data
 from scripts.real_data import Run, Settings
+from scripts.results import write_rows
 
 
 def grid(group, method, losses):
@@ -125,3 +126,75 @@ def test_runs_to_their_end_once(real_data_dir, tmp_path, monkeypatch):
     assert rows[4]["train_seconds"] == parts[0]["seconds"] and len(parts) == 1
     real_data.main(words)
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 5
+
+
+# ---- verdicts and page
+
+def made_rows(scores):
+    """Rows of a results file with these scores: {name: BLEU, or {part: BLEU}}."""
+    rows = []
+    for name, score in scores.items():
+        parts = score if isinstance(score, dict) else {"all": score}
+        found = {part: {"BLEU": x} for part, x in parts.items()}
+        rows.append({"name": name, "group": name.split("-")[0], "data": "webnlg" if "webnlg" in name
+                     else "e2e", "greedy": found, "beams": found, "model": "smollm2", "limit": 0,
+                     "machine": "a machine", "torch": "2", "date": "today", "lr": 1e-3,
+                     "texts": [["name : A", "A | b"]]})
+    return rows
+
+
+LOW = {f"low-{size}-{part}-{method}": size / 10 + gap
+       for size in (50, 100) for part in (1, 2)
+       for method, gap in (("prefix-words", 3), ("prefix-uniform", 0), ("finetune", 2.5))}
+ALL = {"e2e-prefix": 64, "e2e-finetune": 65, "length-1": 50, "length-100": 62, "layers-30": 60,
+       "layers-20": 58.9, **LOW,
+       "webnlg-prefix": {"all": 40, "seen": 44, "unseen": 36},
+       "webnlg-finetune": {"all": 42, "seen": 47, "unseen": 37}}
+
+
+def found(scores):
+    results = draw_real_data.Results(made_rows(scores))
+    return [verdict for _, _, verdict in draw_real_data.verdicts(results)]
+
+
+def test_verdicts_are_those_of_the_protocol():
+    """Would catch: a limit of one BLEU that counts on the wrong side, methods exchanged."""
+    assert found(ALL) == ["in part", "does not hold", "in part", "holds", "holds", "does not hold"]
+    better = ALL | {"webnlg-finetune": {"all": 41, "seen": 40, "unseen": 34.9}, "layers-20": 59,
+                    **{name: 5 for name in LOW if "finetune" in name}}
+    assert found(better) == ["holds", "holds", "holds", "holds", "holds", "holds"]
+    one = ALL | {name: 20 for name in LOW if "uniform" in name and "100" in name}
+    assert found(one | {name: 1 for name in LOW if "50-" in name and "finetune" in name})[1:4] == [
+        "in part", "in part", "in part"]
+    behind = ALL | {name: 20 if "100" in name else 1 for name in LOW if "finetune" in name}
+    assert found(behind)[1] == "does not hold"
+
+
+def test_what_was_not_run_has_no_verdict(tmp_path, capsys):
+    """Would catch: a verdict from half the runs; a page that is lost; a picture without points."""
+    rows = made_rows({name: score for name, score in ALL.items() if "100" not in name})
+    page, results = tmp_path / "page.md", tmp_path / "rows.jsonl"
+    page.write_text("before\n<!-- results -->\nearlier words\n<!-- end of results -->\nafter")
+    write_rows(results, [*rows, {"name": "x", "model": "gpt2", "limit": 0}])
+    words = ["--results", str(results), "--page", str(page), "--picture", str(tmp_path / "a.png")]
+    draw_real_data.main(words)
+    text = page.read_text("utf-8")
+    assert text.startswith("before\n") and text.endswith("\nafter") and "earlier" not in text
+    verdict = [line.split("| ")[-1] for line in text.splitlines() if line[:3] in ("| 2", "| 5")]
+    assert verdict == ["**not run yet** |"] * 2
+    assert "| webnlg-prefix | 0.001 |  |  | 44.0 / 36.0 / 40.0 |" in text
+    assert "- `name : A`<br>A | b" in text and "62.9 / 45.6 / 55.1" in text
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="no place for its tables; expected <!-- results -->"):
+        draw_real_data.main(words)
+    with pytest.raises(ValueError, match="without runs of gpt2-xl on whole test sets"):
+        draw_real_data.main([*words, "--model", "gpt2-xl"])
+
+
+def test_first_texts_are_of_unseen_categories(tmp_path):
+    """Would catch: texts about topics that training has, shown as those of new ones."""
+    rows = [{"about": 1}, {"source": "a", "topic": "Food", "text": "b"},
+            {"source": "c", "topic": "Artist", "text": "d"}]
+    write_rows(tmp_path / "test.jsonl", rows)
+    assert real_data.first_texts(tmp_path / "test.jsonl", "webnlg") == [["c", "d"]]
+    assert real_data.first_texts(tmp_path / "test.jsonl", "e2e", 1) == [["a", "b"]]

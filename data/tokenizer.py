@@ -169,7 +169,7 @@ class JSONTokenizer(Tokenizer):
             raise ValueError(f"got {path}; expected the package tokenizers, which reads it; `pip "
                              "install tokenizers`") from error
         try:
-            self.encoding = tokenizers.Tokenizer.from_file(str(path))
+            self.encoding = tokenizers.Tokenizer.from_str(read_whole(path).decode("utf-8"))
         except Exception as error:              # of no narrower kind
             raise ValueError(f"got {path}, which is damaged ({str(error)[:80]}); expected what the "
                              "package tokenizers writes; take the model's own file") from error

@@ -3,6 +3,7 @@
 Not here: what a checkpoint holds (hugging_face.py).
 """
 import contextlib
+import http.client
 import importlib.util
 import re
 import shutil
@@ -72,9 +73,10 @@ def declared_sha256(url):
         kind = FileNotFoundError if reply.code == 404 else OSError
         raise kind(f"could not ask {url} for its checksum: {reply}; check the name, try again "
                    "later, or convert a directory") from reply
-    except urllib.error.URLError as error:
-        raise OSError(f"could not reach {url}: {error.reason}; check the connection, or download "
-                      "the files elsewhere and convert their directory") from error
+    except (OSError, http.client.HTTPException) as error:       # URLError is an OSError
+        raise OSError(f"could not reach {url}: {getattr(error, 'reason', error)}; check the "
+                      "connection, or download the files elsewhere and convert their directory"
+                      ) from error
 
 
 def get_weights(get, source):

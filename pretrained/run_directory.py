@@ -197,8 +197,11 @@ def commit_here():
     """The git commit of this project, None where it is no checkout, as in somebody's repository."""
     if not (ROOT / ".git").exists() or not shutil.which("git"):
         return None
-    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True,
-                          text=True).stdout.strip() or None
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    said = subprocess.run(["git", "rev-parse", "--show-toplevel", "HEAD"], cwd=ROOT, env=own,
+                          capture_output=True, text=True).stdout
+    top, *commit = said.splitlines() or [""]
+    return commit[0] if commit and Path(top).resolve() == ROOT.resolve() else None
 
 
 def environment():

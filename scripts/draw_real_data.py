@@ -16,7 +16,7 @@ from utils.cli import flag, parse, run_program
 
 HOLDS, IN_PART, FAILS, WAITING = "holds", "in part", "does not hold", "not run yet"
 SIZES, LAYERS = (50, 100, 500), (30, 20, 15, 10, 5)
-STEPS_OF_12 = {"main": 720, "layers": 240}      # 12 pairs a step, of 42,061
+MAIN_STEPS = 720            # of 12 pairs each
 COLOURS = {"prefix words": "tab:orange", "prefix uniform": "tab:red", "finetune": "tab:blue"}
 NAMES = {"prefix words": "prefix from words", "prefix uniform": "prefix from random numbers",
          "finetune": "fine-tuning"}
@@ -166,15 +166,16 @@ def draw(results):
             if all(f"low-{size}-{part}-{method.replace(' ', '-')}" in results.rows
                    for part in (1, 2)):
                 points.append((size, *results.low(size, method)))
-        main = f"e2e-{method.split()[0]}"
-        if method != "prefix uniform" and main in results.rows:
-            points.append((12 * STEPS_OF_12["main"], *[results.score(main)] * 3))
         if points:
             sizes, means, lows, highs = zip(*points)
             left.errorbar(sizes, means, [[m - low for m, low in zip(means, lows)],
                                          [high - m for m, high in zip(means, highs)]],
                           color=colour, marker="o", capsize=3, label=NAMES[method])
     for method, colour in (("prefix", "tab:orange"), ("finetune", "tab:blue")):
+        if f"e2e-{method}" in results.rows:
+            left.plot([12 * MAIN_STEPS], [results.score(f"e2e-{method}")], marker="D", ls="",
+                      color=colour,
+                      label=f"{NAMES.get(method, 'prefix')}, {MAIN_STEPS} steps of 12")
         left.plot([42_061], [float(PAPER[f"e2e-{method}"])], marker="*", ls="", ms=10,
                   color=colour, label=f"paper, GPT-2 medium: {NAMES.get(method, 'prefix')}")
     if "template-e2e" in results.rows:

@@ -88,7 +88,8 @@ def common_words(args, folder):
 def advance(run, flags, steps):
     """Train the run in the folder `run` up to the step `steps`, from where it stands.
 
-    Returns its best dev loss, infinite if it diverged; None if it was stopped on the way.
+    Returns its best dev loss, infinite if it diverged. Raises KeyboardInterrupt with the signal
+    that stopped it on the way.
     """
     def losses():
         return {row["step"]: row["dev_loss"] for row in read_rows(run / "log.jsonl")
@@ -99,24 +100,24 @@ def advance(run, flags, steps):
         flags = ["--resume", str(run)] if run.exists() else [*flags, "--out", str(run)]
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                train.main([*flags, "--stop-at", str(steps)])
+                status = train.main([*flags, "--stop-at", str(steps)])
         except ValueError as error:
             if not str(error).startswith("got a loss of"):
                 raise
             return math.inf
-    return min(losses().values()) if steps in losses() else None
+        if status:
+            raise KeyboardInterrupt(status - 128)
+    return min(losses().values())
 
 
 def halve(folder, common, choices, steps):
-    """Rows (dev loss, steps, choice), the best first; None if a run was stopped."""
+    """Rows (dev loss, steps, choice), the best first."""
     done = []
     for rung in (steps // 4, steps // 2, steps):
         rows = []
         for choice in choices:
             run = folder / "-".join(word.strip("-") for word in choice)
             loss = advance(run, [*common, *choice], rung)
-            if loss is None:
-                return None
             rows.append((loss, rung, choice))
             print(f"{' '.join(choice)}: dev loss {loss:.3f} after {rung} steps", flush=True)
         rows.sort()
@@ -139,10 +140,11 @@ def main(argv=None):
         raise ValueError(f"got {folder}, which has runs with other flags; expected the same; give "
                          "another --out, or remove it")
     write_rows(folder / "tune.jsonl", [about])
-    rows = halve(folder, common, choices, args.steps)
-    if rows is None:
+    try:
+        rows = halve(folder, common, choices, args.steps)
+    except KeyboardInterrupt:
         print("stopped; the same command goes on")
-        return
+        raise
     print("\n    rate  length   steps  dev loss")
     for loss, steps, (_, lr, *length) in rows:
         print(f"{float(lr):8g}{(length or '-')[-1]:>8}{steps:8}{loss:10.3f}")

@@ -8,6 +8,7 @@ import http.server
 import json
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import threading
@@ -465,6 +466,20 @@ def test_what_is_there_is_checked_like_a_download(hub, tmp_path, capsys):
     fetch("gpt2-medium", tmp_path / "out", hub.url)
     assert "is damaged: SHA-256" in capsys.readouterr().err
     assert torch.equal(load(tmp_path / "out").wte.weight, small().wte.weight)
+
+
+def test_a_server_that_speaks_something_else_is_named():
+    """Catches: BadStatusLine, which is no OSError, as a mistake of our own."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def answer():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"SSH-2.0-x\r\n\r\n")
+        threading.Thread(target=answer, daemon=True).start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/model.safetensors"
+        with pytest.raises(OSError, match=f"could not reach {url}: SSH"):
+            declared_sha256(url)
 
 
 def test_a_hub_that_says_no_is_named(hub, tmp_path):

@@ -115,12 +115,14 @@ def lock(path):
     Raises ValueError where another process has it. Windows has no such lock, some network file
     systems neither: there it is only said.
     """
+    number = None
     try:
         import fcntl
         number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)   # never closed: that would free it
         fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (ImportError, OSError) as error:
-        if getattr(error, "errno", None) in (errno.EACCES, errno.EAGAIN):
+        # Of `open` EACCES says another thing: that the file is somebody else's.
+        if number and error.errno in (errno.EACCES, errno.EAGAIN):
             raise ValueError(f"got {Path(path).parent}, in which another process is writing; wait "
                              "for its end, or choose another directory") from error
         print(f"{path}: no lock can be held here ({error}); start no second process on it",
@@ -216,7 +218,11 @@ def _chunks(reply, url, most):
     """The body of a reply piece by piece, `most` bytes at most; a broken or endless one is a
     ValueError.
     """
-    length, got, began = int(reply.headers.get("Content-Length") or 0), 0, time.monotonic()
+    length, got, began = reply.headers.get("Content-Length") or "0", 0, time.monotonic()
+    if not length.isdecimal():
+        raise ValueError(f"{url}: got a Content-Length of {length!r:.40}, expected a number; fetch "
+                         "the file by hand")
+    length = int(length)
     with progress(total=length or None, unit="B", name=url.rsplit("/")[-1], unit_scale=True) as bar:
         while True:
             try:

@@ -3,6 +3,7 @@ import contextlib
 import io
 import json
 import shlex
+import signal
 
 import pytest
 
@@ -11,7 +12,7 @@ from data.paper import resolve_training
 from data.toy_world import tables
 from scripts import tune
 from scripts.results import read_rows
-from utils.cli import parse
+from utils.cli import parse, run_program
 
 
 def flags(folder):
@@ -102,3 +103,18 @@ def test_flags_that_tune_decides_are_refused():
     for words in (["--stop-at", "3"], ["--resume", "x"], ["--epochs", "2"], ["--steps", "6"]):
         with pytest.raises(ValueError, match=f"got {words[0]}; expected --steps alone"):
             tune.main(words)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_the_programs_status(tmp_path, monkeypatch, capsys, number):
+    """Would catch: status 0 for a search that was stopped, after which `&&` goes on."""
+    def stopped(words):
+        return 128 + number
+    monkeypatch.setattr(tune.train, "main", stopped)
+    monkeypatch.chdir(tmp_path)
+    pairs = [{"source": f"s {n}", "target": "t"} for n in range(9)]
+    (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    with pytest.raises(SystemExit) as ended:
+        run_program(lambda: tune.main(["--data", "my.jsonl", "--steps", "4"]))
+    assert ended.value.code == 128 + number
+    assert "the same command goes on" in capsys.readouterr().out

@@ -25,7 +25,7 @@ from data.tokenizer import load_tokenizer
 from data.toy_world.text import AGAIN, FIRST, document, encode, sheet_then_prose, world_thing
 from model import GPT2, GPT2Config
 from prefix import token_losses
-from pretrained.checkpoint import UNREADABLE, describe, read_tensors, save
+from pretrained.checkpoint import UNREADABLE, check_finite, describe, read_tensors, save
 from pretrained.run_directory import append_log, put_back, save_state
 from scripts.learn_bpe import learn_tokens, world_texts, write_tokens
 from scripts.muon import Muon
@@ -285,13 +285,15 @@ def begin(settings):
 
 def finish(model, settings):
     """Write the model in 16 bits, its tokenizer, and the log of how it came about."""
+    model = model.half()
+    check_finite(model.state_dict(), settings.weights)      # first: nothing there may be replaced
     copies = {"tokenizer.tiktoken": "tokenizer.tiktoken", "log.jsonl": "pretrain_log.jsonl"}
     if settings.model == "tiny-bart":
         copies["dict.txt"] = "dict.txt"
     for name, copy in copies.items():
         with atomic_write(Path(settings.weights) / copy) as file:
             file.write((Path(settings.out) / name).read_bytes())
-    save(model.half(), settings.weights)
+    save(model, settings.weights)
 
 
 def train_step(model, optimizers, batch, loss_of, rates, dtype):
@@ -353,6 +355,7 @@ def pretrain(rank, settings, meeting):
             print(json.dumps(row), flush=True)
             losses = []
         if first and (last or done % s.save_every == 0):
+            check_finite(model.state_dict(), s.out)         # the loss is that before the update
             save_state(s.out, {
                 "model": model.state_dict(), "step": done, "seconds": seconds,
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],

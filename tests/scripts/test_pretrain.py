@@ -172,6 +172,23 @@ def test_a_pre_training_that_runs_away_leaves_the_model_alone(directory, rate, w
     assert (directory / "w" / "model.pt").read_bytes() == before
 
 
+def test_weights_that_are_none_replace_nothing(directory):
+    """Catches: the tokenizer and the log of a good model replaced before its weights are refused;
+    1e5 is a number in 32 bits, and none in 16.
+    """
+    train(directory)
+    before = {path: path.read_bytes() for path in (directory / "w").iterdir()}
+    settings = pretrain.Settings(width=8, layers=1, heads=1, out=str(directory / "run"),
+                                 weights=str(directory / "w"))
+    model = pretrain.new_model(settings)
+    model.h[0].mlp.c_fc.bias.data[3] = 1e5
+    for name in ("tokenizer.tiktoken", "log.jsonl"):
+        (directory / "run" / name).write_text("other")
+    with pytest.raises(ValueError, match="with NaN or infinity in h.0.mlp.c_fc.bias"):
+        pretrain.finish(model, settings)
+    assert before == {path: path.read_bytes() for path in (directory / "w").iterdir()}
+
+
 def test_the_bundled_model_is_small_and_copies_names_it_never_read(tokenizer):
     """Catches weights of another tokenizer or another world, or too large to be bundled."""
     assert sum(path.stat().st_size for path in BUNDLED.iterdir()) < 8_000_000

@@ -236,7 +236,7 @@ def answer_file(generator, settings):
     total = sum(1 for _ in read_requests(path, settings.run, key))
     requests, bar = read_requests(path, settings.run, key), progress(total=total, unit="text")
     with bar, atomic_write(output, "w") if output else contextlib.nullcontext(sys.stdout) as file:
-        while batch := list(itertools.islice(requests, settings.batch_size)):
+        for batch in iter(lambda: list(itertools.islice(requests, settings.batch_size)), []):
             sources, runs = zip(*batch)
             texts = generator.generate(sources, runs if several else None)
             for source, run, text in zip(sources, runs, texts):
@@ -253,6 +253,9 @@ def main(argv=None):
     if settings.output and "input" not in settings.given:
         raise ValueError("got --output without --input; expected both, or > FILE for one text")
     output = Path(settings.output)
+    if own.suffix_of(output) in (".json", ".csv", ".tsv"):
+        raise ValueError(f"got --output {output}; expected a .jsonl file, or another for texts "
+                         "alone; give another name")
     if settings.output and output.exists() and not output.is_file():
         raise ValueError(f"got --output {output}, which is no file; give the name of one")
     if settings.output and output.exists() and output.resolve() == Path(settings.input).resolve():

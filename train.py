@@ -65,7 +65,7 @@ class Settings:
     start_from: str = flag("", "start from the prefix of this run, of train.py or of PEFT's: "
                                "exactly with --mid-dim 0, else an MLP is fitted to it")
     lr: float = flag(None, "highest learning rate", kind=float, within=(1e-12, 1e30),
-                     alias="learning-rate", group="optimiser: python train.py --lr 1e-3 --epochs 9")
+                     alias="learning-rate", group="optimiser: python train.py --lr 1e-3 --steps 99")
     epochs: int = flag(None, "times that every pair is seen", kind=int, within=(1, 10 ** 9))
     steps: int = flag(None, "steps of the optimiser, in place of epochs", kind=int,
                       within=(1, 10 ** 9))
@@ -276,8 +276,8 @@ def train(trainer):
                 mean, rate = float(loss) / n_labels, n_tokens / (time.perf_counter() - clock)
                 trainer.check_finite(mean)
                 trainer.log(loss=mean, tokens_per_second=round(rate))
-                bar.set_postfix(loss=f"{mean:.3f}", dev=f"{dev_loss:.3f}", tokens_per_s=round(rate),
-                                refresh=False)
+                bar.set_postfix_str(f"loss {mean:.3f}, dev {dev_loss:.3f}, {rate:.0f} tokens/s",
+                                    refresh=False)
                 loss, n_labels, n_tokens, clock = 0.0, 0, 0, time.perf_counter()
             if trainer.step % dev_every == 0 or last:
                 before = time.perf_counter()
@@ -331,7 +331,8 @@ def main(argv=None):
     if settings.resume:
         trainer.restore()
     began = time.perf_counter()
-    if (stopped := train(trainer)) is not None:
+    stopped = train(trainer)
+    if stopped is not None:
         print(f"stopped after step {trainer.step}; go on with: "
               f"{command('train.py', '--resume', settings.out)}")
         return stopped and 128 + stopped        # the exit status, 0 after --stop-at

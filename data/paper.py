@@ -83,6 +83,7 @@ def contradictions_in(s):
     defaults = {field.name: field.default for field in dataclasses.fields(s)}
     changed = [name for name in PREFIX_ONLY if getattr(s, name) != defaults[name]]
     words, first = s.init == "words", "".join(changed[:1]).replace("_", "-")
+    is_run, again = (Path(s.out) / "config.json").exists(), command("train.py", "--resume", s.out)
     return (
         (s.steps and s.epochs, "--steps and --epochs", "one of them; leave one out"),
         (words and s.prefix_len, "--prefix-len with --init words",
@@ -100,8 +101,7 @@ def contradictions_in(s):
          f"--source-key or --target-key with the data {s.data or 'world'}",
          "them with your own data; leave them out"),
         (s.out and Path(s.out).exists(), f"--out {s.out}, which exists",
-         "a new directory; choose another, or go on with "
-         f"`{command('train.py', '--resume', s.out)}`"))
+         "a new directory; choose another" + (f", or go on with `{again}`" if is_run else "")))
 
 
 def resolve_training(args):

@@ -42,7 +42,7 @@ def read_requests(path, runs, key="source"):
     """
     if own.suffix_of(path) in own.SUFFIXES:
         rows = ((where, row[key], find_run(row.get("run"), runs, where))
-                for where, row in own.objects(path, (key,)))
+                for where, row in own.objects(path, (key,), f"rename it; the run calls it {key}"))
     elif len(runs) > 1:
         raise ValueError(f"got --input {path} and several --run; expected a .jsonl file whose "
                          'lines name their run, {"source": ..., "run": ...}')

@@ -81,9 +81,9 @@ def official_file(name, split, data_dir):
     """
     url, sha256, names = FILES[name, split]
     if data_dir is None:
-        path, own = DOWNLOADS / name / names[0], formats.find(DOWNLOADS / name, names)
-        if own not in (None, path):
-            return own
+        path, there = DOWNLOADS / name / names[0], formats.find(DOWNLOADS / name, names)
+        if there not in (None, path):
+            return there
         # DART's repository has held its files with both line ends; the digests are of "\n".
         fetch_file(url, path, sha256, any_line_end=name == "dart")
         return path

@@ -182,11 +182,14 @@ def names_of(settings):
 def make_directory(names):
     """Create the first of `names` that does not exist; two processes never get the same one."""
     for name in names:
-        files.make_folder(Path(name).parent)
         try:
+            files.make_folder(Path(name).parent)
             os.mkdir(name)
         except FileExistsError:
             continue
+        except OSError as error:
+            raise OSError(f"could not make the directory {name}: {error}; choose another place by "
+                          "--out, in which you may write") from error
         files.sync_folder(Path(name).parent)
         files.lock(Path(name) / ".lock")
         return str(name)

@@ -29,6 +29,7 @@ from data import tasks
 from scripts.evaluate import parts_of, scores_of
 from scripts.results import append_rows, read_rows, write_rows
 from utils.cli import flag, parse, run_program
+from utils.files import read_json
 
 HERE = Path(__file__).parent.parent
 RATES = {"prefix": (5e-4, 1e-3, 2e-3), "finetune": (3e-5, 1e-4, 3e-4),
@@ -177,11 +178,11 @@ def train(run, settings, out):
     parts = read_rows(calls)                            # of a run that was stopped
     if not parts or parts[-1]["step"] < parts[-1]["steps"]:
         seconds, memory = call(words)
-        steps = json.loads((out / "config.json").read_text("utf-8"))["settings"]["steps"]
+        steps = read_json(out / "config.json")["settings"]["steps"]
         parts.append({"seconds": seconds, "peak_MB": memory, "steps": steps,
                       "step": read_rows(out / "log.jsonl")[-1]["step"]})
         write_rows(calls, parts)
-    about = json.loads((out / "config.json").read_text("utf-8"))
+    about = read_json(out / "config.json")
     log = read_rows(out / "log.jsonl")
     losses = [(row["step"], round(row["dev_loss"], 4)) for row in log if "dev_loss" in row]
     asked = about["settings"]

@@ -1,6 +1,7 @@
 """pretrained.convert: what it reads, what it refuses, what it downloads. Needs no package beyond
 torch; the equality with the transformers library is in test_transformers.py.
 """
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -354,10 +355,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def hub(tmp_path):
     """A hub on this machine that has one small GPT-2 under every name."""
     directory = write(tmp_path / "published", foreign(small(), "transformer."))
-    try:
+    with contextlib.suppress(pytest.skip.Exception):        # then the .bin is asked for
         write(directory, foreign(small()), "safetensors")
-    except pytest.skip.Exception:
-        pass                                    # then the .bin is asked for
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.files = {p.name: p.read_bytes() for p in directory.iterdir()}
     server.sums = {name: hashlib.sha256(body).hexdigest() for name, body in server.files.items()}

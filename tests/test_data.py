@@ -286,7 +286,7 @@ def test_an_empty_or_damaged_file_is_named(tmp_path):
     path = write(tmp_path / "my.jsonl", "\n")
     assert f"{path}: got an empty file" in error_of(load, str(path), "train")
     write(path, jsonl({"source": "a", "target": "b"}) * 3)
-    assert "one distinct source" in error_of(load, str(path), "train")
+    assert "got 1 distinct sources, expected two" in error_of(load, str(path), "train")
     packed = own(tmp_path / "packed.jsonl.gz")
     packed.write_bytes(packed.read_bytes()[:-20])
     assert "damaged gzip file" in error_of(load, str(packed), "train")

@@ -190,3 +190,9 @@ def test_no_large_file_is_kept():
         pytest.skip("this is no git checkout, so what is kept in it cannot be told")
     for name in filter(None, tracked.stdout.split("\0")):
         assert not (ROOT / name).exists() or (ROOT / name).stat().st_size <= 8 * 2 ** 20, name
+
+
+@pytest.mark.parametrize("name", ["train.py", "sample.py", "utils/before_torch.py"])
+def test_an_old_python_can_read_what_tells_that_it_is_too_old(name):
+    """Would catch: a SyntaxError in the place of the sentence about the version."""
+    ast.parse((ROOT / name).read_text("utf-8"), feature_version=(3, 6))

@@ -140,3 +140,11 @@ def test_the_share_of_words_that_the_toy_knows():
     assert known_share(["There IS a bridge,", "Zug Zug"]) == pytest.approx(4 / 6)
     texts = [text for example in task("near", "dev", 50) for text in example.targets]
     assert 0.8 < known_share(texts) < 1     # the names of the dev set were made up for it
+
+
+def test_a_file_without_rows_is_told(tmp_path):
+    """Would catch: "0 pairs, every one with a target too long" for a table that has only names."""
+    for name, text in (("a.csv", "source,target\n"), ("b.json", "[]")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=f"{name}: got 0 distinct sources, expected two or"):
+            own.load(str(tmp_path / name), ("train", "dev"), 0)

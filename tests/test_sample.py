@@ -405,3 +405,11 @@ def test_a_mistake_is_told_in_one_sentence(trained, arguments, words, tmp_path, 
         sample.main([trained if a == "RUN" else a for a in arguments])
     assert not (tmp_path / "o.txt").exists()
     assert (tmp_path / "gap.txt").read_text() == "n : 1\n\nn : 2\n"
+
+
+def test_texts_are_not_written_under_the_name_of_a_table(tmp_path):
+    """Would catch: bare lines in a file called .csv, where a comma makes two fields of a text."""
+    (tmp_path / "in.txt").write_text("name : A\n")
+    for name in ("out.csv", "out.JSON"):
+        with pytest.raises(ValueError, match=f"got --output .*{name}; expected a .jsonl file"):
+            sample.main(["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / name)])

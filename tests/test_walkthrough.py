@@ -1,4 +1,5 @@
 """The pages that teach run: every block in order, with the output that stands below it."""
+import codeop
 import importlib
 import inspect
 import json
@@ -35,6 +36,18 @@ def test_every_block_prints_what_stands_below_it(as_it_was, name, number):
         assert now == printed, code
         assert len([line for line in code.splitlines() if line]) <= 15, code
     assert len(blocks) == text.count("```python") == number
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/walkthrough.md", "docs/another_model.md"])
+def test_blocks_can_be_pasted_line_by_line(path):
+    """Would catch: no blank line behind an indented body, which Python's prompt waits for."""
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / path).read_text("utf-8"), re.S):
+        typed = []
+        for line in [*code.splitlines(), ""]:
+            typed.append(line)
+            if codeop.compile_command("\n".join(typed), symbol="single"):
+                typed = []
+        assert not "".join(typed), code
 
 
 @pytest.mark.slow

@@ -27,5 +27,5 @@ def what_is_missing(version, find=importlib.util.find_spec):
 
 sentence = what_is_missing(sys.version_info)
 if sentence:
-    print("error: " + sentence, file=sys.stderr)
+    sys.stderr.write("error: " + sentence + "\n")
     sys.exit(2)

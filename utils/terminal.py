@@ -72,7 +72,7 @@ def typed_lines(prompt, what):
             import readline  # noqa: F401  input() finds it
         print(f"type a {what} and press Enter; the arrow up brings back the last one; `quit` or "
               "Ctrl-D ends", file=sys.stderr)
-    with contextlib.suppress(EOFError):
+    try:
         while True:
             if not terminal:
                 print(prompt, end="", file=sys.stderr, flush=True)
@@ -82,3 +82,5 @@ def typed_lines(prompt, what):
                 return
             if line:
                 yield line
+    except EOFError:
+        print(file=sys.stderr)          # what comes next begins on a line of its own

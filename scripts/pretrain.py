@@ -127,18 +127,23 @@ def empty_model(settings):
     return GPT2(GPT2Config(s.vocabulary, s.context, s.width, s.layers, s.heads))
 
 
+def check_size(settings):
+    """A ValueError for a model that the memory cannot hold: before anything is made or written."""
+    with torch.device("meta"):          # each layer may fit into the memory, and all of them not
+        model = parts_of(settings.model)[0](settings)
+    number = sum(weight.numel() for weight in model.parameters())
+    if number * 4 > (most := memory()):
+        raise ValueError(f"got a model of {number:,} parameters, {number * 4 >> 30:,} GiB; "
+                         f"expected at most the {most >> 30:,} GiB of this computer's memory; give "
+                         "a smaller --width, --layers or --vocabulary")
+
+
 def new_model(settings, empty_model=empty_model):
     """GPT-2's first weights, N(0, 0.02), less where 2L branches add up; but words get N(0, 0.1).
 
     With words further apart copying begins sooner; after 3M tokens it is no better than with 0.02
     (one run each). BART's are alike.
     """
-    with torch.device("meta"):          # each layer may fit into the memory, and all of them not
-        number = sum(weight.numel() for weight in empty_model(settings).parameters())
-    if number * 4 > (most := memory()):
-        raise ValueError(f"got a model of {number:,} parameters, {number * 4 >> 30:,} GiB; "
-                         f"expected at most the {most >> 30:,} GiB of this computer's memory; give "
-                         "a smaller --width, --layers or --vocabulary")
     torch.manual_seed(settings.seed)
     model = empty_model(settings)
     for name, weight in model.named_parameters():
@@ -373,6 +378,7 @@ def main(argv=None):
     if settings.width % settings.heads:
         raise ValueError(f"got --width {settings.width} and --heads {settings.heads}; expected a "
                          "width that the heads can share; choose another")
+    check_size(settings)
     if not settings.resume:
         begin(settings)
     if settings.processes == 1:

@@ -8,6 +8,7 @@ from conftest import (
     loss_and_gradients,
     random_bart,
     random_gpt2,
+    random_llama,
     shared_pairs,
     some_pairs,
     some_prefix,
@@ -19,7 +20,7 @@ from fast.compiled import CompiledLoss, fixed
 from prefix import target_loss
 
 
-@pytest.mark.parametrize("kind", [random_gpt2, random_bart])
+@pytest.mark.parametrize("kind", [random_gpt2, random_bart, random_llama])
 def test_a_batch_of_a_fixed_shape_has_the_same_loss_and_gradient(kind):
     """Would catch: positions that point into the wrong row once rows are longer, padding that is
     learned from, a row too many that is counted.
@@ -44,15 +45,15 @@ def compiler():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gpt2", "bart"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bart"])
 def test_the_compiled_step_is_the_step(kind, compiler):
     """Loss and what is learned, to the rounding of fp32; a compilation for each shape, no more.
 
     Would catch: a step compiled anew for each batch, or one that learns something else; a dev loss
     that is compiled as well.
     """
-    if kind == "gpt2":
-        model = random_gpt2(n_layer=1).float()
+    if kind != "bart":
+        model = {"gpt2": random_gpt2, "llama": random_llama}[kind](n_layer=1).float()
         pairs, shapes = [*shared_pairs(), Pair(list(range(20)), 15)], {((5, 16), 40), ((5, 32), 40)}
     else:
         model = random_bart(encoder_layers=1, decoder_layers=1).float()

@@ -3,6 +3,7 @@ import dataclasses
 import hashlib
 import http.server
 import os
+import re
 import shlex
 import signal
 import socket
@@ -115,14 +116,12 @@ def test_help_names_every_flag_with_its_default(capsys):
 @pytest.mark.parametrize("program", [train, sample])
 def test_help_has_groups_and_each_an_example_that_is_understood(program, capsys):
     """Would catch: a page of forty flags in one heap, an example with a flag that has gone."""
-    examples = [field.metadata["group"].split(": ", 1)[1]
-                for field in dataclasses.fields(program.Settings) if field.metadata["group"]]
-    assert len(examples) >= 4
+    groups = [field for field in dataclasses.fields(program.Settings) if field.metadata["group"]]
     with pytest.raises(SystemExit):
         parse(program.Settings, ["--help"], "", "prompt")
-    out = capsys.readouterr().out
+    examples = re.findall("\n  example: (.*)", capsys.readouterr().out)
+    assert len(examples) == len(groups) >= 4
     for example in examples:
-        assert f"  example: {example}\n" in out
         python, name, *argv = shlex.split(example)
         assert (python, name) == ("python", f"{program.__name__}.py")
         assert parse(program.Settings, argv, "", "prompt").given

@@ -146,7 +146,7 @@ def resolve(args):
     if settings.num_beams > 1 and settings.temperature:
         raise ValueError(f"got --num-beams {settings.num_beams} and --temperature "
                          f"{settings.temperature}; expected one of them: beams look for the "
-                         "likeliest text")
+                         "likeliest text; leave one out")
     if not settings.temperature and (settings.top_k or settings.top_p < 1):
         raise ValueError("got --top-k or --top-p without --temperature; expected both: at 0 no "
                          "token is drawn, the likeliest is taken; add --temperature 1")
@@ -249,7 +249,7 @@ def main(argv=None):
     settings = parse(Settings, argv, "Decode, with a prefix or with the frozen model.", "prompt",
                      paper.decoding_notes())
     if "prompt" in settings.given and "input" in settings.given:
-        raise ValueError("got a prompt and --input; expected one of them")
+        raise ValueError("got a prompt and --input; expected one of them; leave one out")
     if settings.output and "input" not in settings.given:
         raise ValueError("got --output without --input; expected both, or > FILE for one text")
     output = Path(settings.output)

@@ -282,7 +282,8 @@ def json_objects(path, need, advice=ADVICE):
         check_keys(row, need, where, advice)
         yield where, row
     if row is None:
-        raise ValueError(f"{path}: got an empty file, expected one JSON object a line")
+        raise ValueError(f"{path}: got an empty file, expected one JSON object a line; "
+                         "write them there, or name another file")
 
 
 def as_list(value):

@@ -136,7 +136,14 @@ def test_piped_lines_are_taken_as_they_are(monkeypatch, capsys):
     """Would catch: a source called quit that ends the work, a prompt among the texts."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\nquit\ntwo"))
     assert list(terminal.typed_lines("source> ", "source")) == ["one", "quit", "two"]
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")
+
+
+def test_who_types_into_a_file_is_asked_beside_it(monkeypatch, capsys):
+    """Would catch: a prompt in the file, or none on the terminal."""
+    monkeypatch.setattr(sys, "stdin", Terminal("one\n"))
+    assert list(terminal.typed_lines("source> ", "source")) == ["one"]
+    assert capsys.readouterr() == ("", "source> source> \n")
 
 
 @pytest.mark.parametrize("end", [b"quit\n", b"\x04"])

@@ -9,13 +9,13 @@ Greedy, sampled or by beams, in batches of ragged prompts with prefixes of their
 computed once (a KV cache). Standard output carries the text and nothing else. Not here: how prompts
 are read (decoding/state.py), constraints and beam search (decoding/), scores (scripts/evaluate.py).
 """
+import utils.before_torch  # noqa: F401  as in train.py
+
 import contextlib
 import dataclasses
 import itertools
 import sys
 from pathlib import Path
-
-import utils.before_torch  # noqa: F401  as in train.py
 
 import torch
 

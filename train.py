@@ -10,12 +10,12 @@ A run is a directory (pretrained/run_directory.py), and sample.py decodes with i
 prefix and its loss are (prefix.py), the paper's other methods (baselines/), faster forms of the
 same step (fast/), scores (scripts/evaluate.py).
 """
+import utils.before_torch  # noqa: F401  sleeping threads, and what is missing in one sentence
+
 import copy
 import dataclasses
 import math
 import time
-
-import utils.before_torch  # noqa: F401  sleeping threads, and what is missing in one sentence
 
 import torch
 

@@ -6,6 +6,8 @@ or an OSError that says what was got, what was expected and what to do next; `ru
 into one line and exit status 2, and what nobody expected into one line and status 70. Knows nothing
 of the project.
 """
+from utils.before_torch import leave
+
 import argparse
 import contextlib
 import dataclasses
@@ -141,6 +143,8 @@ def run_program(main, saving_flags="a smaller --batch-size"):
     status 70 and how to see where it comes from. Standard output is UTF-8, as every file is:
     another encoding may lack a letter of what is said after hours.
     """
+    if signal.getsignal(signal.SIGINT) is leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if isinstance(sys.stdout, io.TextIOWrapper):        # a notebook's is not, and takes every text
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:

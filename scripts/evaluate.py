@@ -130,7 +130,7 @@ def parts_of(data, examples, topics):
     if seen is not None:
         found["seen"] = [i for i in every if examples[i].topic in seen]
         found["unseen"] = [i for i in every if examples[i].topic not in seen]
-    if topics:
+    if topics and any(example.topic for example in examples):
         groups = group_by(every, lambda i: examples[i].topic)
         for rows in sorted(groups, key=lambda rows: examples[rows[0]].topic):
             name = examples[rows[0]].topic or "no topic"

@@ -137,7 +137,7 @@ def load(name, splits, seed, keys=KEYS):
              for split in splits}
     for split, file in files.items():
         if file is None:
-            choice = ", or choose the split dev" if split == "test" else ""
+            choice = ", or choose --split dev" if split == "test" else ""
             raise ValueError(f"got no {split} split for {path}, expected {beside.format(split)}; "
                              f"put it there{choice}")
     found = {file: gather(examples(rows_of(file, keys))) for file in dict.fromkeys(files.values())}

@@ -60,6 +60,7 @@ def test_what_is_given_has_its_type():
     (["--ephocs=3"], "did you mean --epochs?"),
     (["--epoch", "3"], "did you mean --epochs?"),      # no silent abbreviation
     (["--zzz"], "unknown argument '--zzz'"),
+    (["one", "--epochs", "3", "out/two"], "'out/two'; a flag has to stand before it; `python"),
     (["--learning-rat", "3"], "did you mean --learning-rate?"),
     (["--max-ne=3"], "did you mean --max-new?"),
     (["--method", "prefx"], "prefx"),
@@ -217,6 +218,18 @@ def test_an_error_without_a_file_is_of_the_standard_output(capsys):
     with pytest.raises(SystemExit):
         run_program(main)
     assert capsys.readouterr().err.startswith("error: standard input or output: [Errno 28]")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes")
+def test_a_reader_who_has_enough_is_no_error():
+    """Would catch: an error after `sample.py ... | head -1`."""
+    program = "from utils.cli import run_program; run_program(lambda: print('x' * 10 ** 6))"
+    child = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE)
+    child.stdout.read(1)
+    child.stdout.close()
+    assert child.stderr.read() == b"" and child.wait() == 141
+    child.stderr.close()
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")

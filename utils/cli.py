@@ -120,7 +120,8 @@ def parse(settings, argv, description, positional=None, notes="", hidden=()):
     known, unknown = parser.parse_known_args(argv)
     given = vars(known)
     if unknown:
-        near = nearest(unknown[0].split("=")[0], flags)
+        near = (nearest(unknown[0].split("=")[0], flags) if unknown[0].startswith("-") else
+                "a flag has to stand before it;")
         raise ValueError(f"unknown argument {unknown[0]!r}; {near}{' ' * bool(near)}"
                          f"`{parser.prog} --help` lists every flag")
     found = settings(**given)       # what was left out takes the dataclass's own default
@@ -139,9 +140,10 @@ def run_program(main, saving_flags="a smaller --batch-size"):
     """Call `main()` as a program, which ends with the status that it returns; None is 0.
 
     A user's mistake is one line on stderr and exit status 2; so is a lack of memory, with the flags
-    that save some. Anything else, as a mistake of our own or of a package, is one line too, with
-    status 70 and how to see where it comes from. Standard output is UTF-8, as every file is:
-    another encoding may lack a letter of what is said after hours.
+    that save some. Nothing is said where the reader of the output has gone. Anything else, as a
+    mistake of our own or of a package, is one line too, with status 70 and how to see where it
+    comes from. Standard output is UTF-8, as every file is: another encoding may lack a letter of
+    what is said after hours.
     """
     if signal.getsignal(signal.SIGINT) is leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -158,12 +160,14 @@ def run_program(main, saving_flags="a smaller --batch-size"):
         # Of all files only these have no name of their own in their errors.
         unnamed = isinstance(error, OSError) and error.errno and error.filename is None
         where = "standard input or output: " if unnamed else ""
-        print(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr)
+        enough = isinstance(error, BrokenPipeError)     # says who reads our output, as `head`
+        if not enough:
+            print(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr)
         try:
             sys.stdout.flush()
         except OSError:         # Python would try it again at the very end, and change the status
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(2)
+        sys.exit(141 if enough else 2)      # 128 + SIGPIPE
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + (error.args or (signal.SIGINT,))[0])

@@ -9,13 +9,13 @@ Greedy, sampled or by beams, in batches of ragged prompts with prefixes of their
 computed once (a KV cache). Standard output carries the text and nothing else. Not here: how prompts
 are read (decoding/state.py), constraints and beam search (decoding/), scores (scripts/evaluate.py).
 """
+import utils.before_torch  # noqa: F401  as in train.py
+
 import contextlib
 import dataclasses
 import itertools
 import sys
 from pathlib import Path
-
-import utils.before_torch  # noqa: F401  as in train.py
 
 import torch
 
@@ -90,7 +90,7 @@ def generate(model, prompts, constraints, prefix=None, sample=sample_token):
 @dataclasses.dataclass
 class Settings:
     prompt: str = flag("", "the source or text to start from; without it and --input: asks",
-                       group='what is decoded: python sample.py --run out/NAME "name : Strada"')
+                       group='what is decoded: --run out/NAME "name : Strada"')
     run: list = flag([], "directory of a training run, out/NAME: its model with its prefix; "
                          "repeatable, for runs of one model: each line of --input names its run")
     model: str = flag("", "without --run: the frozen model of this name, or in this directory")
@@ -98,8 +98,8 @@ class Settings:
                           "or column \"source\", or as the run's --source-key")
     output: str = flag("", "write here, not to standard output; .jsonl keeps the sources too")
     max_new_tokens: int = flag(None, "tokens to generate at most", kind=int, within=(1, 100_000),
-                               alias="max-new", group="length and search: python sample.py --run "
-                                                      "out/NAME --num-beams 5 \"...\"")
+                               alias="max-new",
+                               group='length and search: --run out/NAME --num-beams 5 "..."')
     min_new_tokens: int = flag(None, "tokens to generate before the end is allowed", kind=int,
                                within=(0, 100_000), alias="min-new")
     num_beams: int = flag(None, "texts kept alive in beam search; 1: greedy", kind=int,
@@ -116,14 +116,14 @@ class Settings:
     ban: list = flag([], "text each of whose tokens is never generated (\" the\" and \"the\" are "
                          "two), repeatable; left out, for tables by name: line breaks")
     temperature: float = flag(0.0, "0: greedy; 1: sample from the model's distribution",
-                              within=(0, 1000), group="chance: python sample.py --run out/NAME "
-                                                      "--temperature 0.7 --top-p 0.9 \"...\"")
+                              within=(0, 1000),
+                              group='chance: --run out/NAME --temperature 0.7 --top-p 0.9 "..."')
     top_k: int = flag(0, "sample from the k likeliest tokens only; 0: all", within=(0, 10 ** 6))
     top_p: float = flag(1.0, "sample from the likeliest tokens that together have this probability",
                         within=(1e-9, 1))
     seed: int = flag(101, "seed of the sampling", within=(0, 10 ** 12))
     batch_size: int = flag(16, "sources decoded at once, with --input", within=(1, 100_000),
-                           group="device and speed: python sample.py --run out/NAME --fast")
+                           group="device and speed: --run out/NAME --fast")
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     dtype: str = flag("auto", "of the frozen weights; auto: bf16 on a GPU that has it, else fp32",
                       choices=["auto", "fp32", "bf16", "fp16", "fp64"])
@@ -146,7 +146,7 @@ def resolve(args):
     if settings.num_beams > 1 and settings.temperature:
         raise ValueError(f"got --num-beams {settings.num_beams} and --temperature "
                          f"{settings.temperature}; expected one of them: beams look for the "
-                         "likeliest text")
+                         "likeliest text; leave one out")
     if not settings.temperature and (settings.top_k or settings.top_p < 1):
         raise ValueError("got --top-k or --top-p without --temperature; expected both: at 0 no "
                          "token is drawn, the likeliest is taken; add --temperature 1")
@@ -249,7 +249,7 @@ def main(argv=None):
     settings = parse(Settings, argv, "Decode, with a prefix or with the frozen model.", "prompt",
                      paper.decoding_notes())
     if "prompt" in settings.given and "input" in settings.given:
-        raise ValueError("got a prompt and --input; expected one of them")
+        raise ValueError("got a prompt and --input; expected one of them; leave one out")
     if settings.output and "input" not in settings.given:
         raise ValueError("got --output without --input; expected both, or > FILE for one text")
     output = Path(settings.output)

@@ -10,12 +10,12 @@ A run is a directory (pretrained/run_directory.py), and sample.py decodes with i
 prefix and its loss are (prefix.py), the paper's other methods (baselines/), faster forms of the
 same step (fast/), scores (scripts/evaluate.py).
 """
+import utils.before_torch  # noqa: F401  sleeping threads, and what is missing in one sentence
+
 import copy
 import dataclasses
 import math
 import time
-
-import utils.before_torch  # noqa: F401  sleeping threads, and what is missing in one sentence
 
 import torch
 
@@ -36,7 +36,7 @@ from utils.terminal import command, labelled, progress
 class Settings:
     model: str = flag("tiny-gpt2", "the frozen model: gpt2, gpt2-medium, ..., another name in "
                                    "weights/, or a directory; with --start-from that run's",
-                      group="model and data: python train.py --model gpt2 --data my.jsonl")
+                      group="model and data: --model gpt2 --data my.jsonl")
     data: str = flag("", f"{', '.join(tasks.NAMES)}; or your own, {own.FORMS}; left out: world, "
                          "for tiny-bart world-headlines")
     data_dir: str = flag("", "read the data set from here; left out: it is downloaded, but for "
@@ -50,7 +50,7 @@ class Settings:
     max_target: int = flag(None, "BART's targets are cut to this many tokens; left out: 60",
                            kind=int, within=(3, 100_000))
     method: str = flag("prefix", "what learns", choices=list(paper.TRAINING),
-                       group="what learns: python train.py --prefix-len 20 --mid-dim 0")
+                       group="what learns: --prefix-len 20 --mid-dim 0")
     prefix_len: int = flag(None, "P, keys and values in front of every layer", kind=int,
                            within=(1, 10_000))
     prefix_layers: str = flag("", "FIRST-LAST: a prefix in these upper layers only, numbered from "
@@ -65,7 +65,7 @@ class Settings:
     start_from: str = flag("", "start from the prefix of this run, of train.py or of PEFT's: "
                                "exactly with --mid-dim 0, else an MLP is fitted to it")
     lr: float = flag(None, "highest learning rate", kind=float, within=(1e-12, 1e30),
-                     alias="learning-rate", group="optimiser: python train.py --lr 1e-3 --steps 99")
+                     alias="learning-rate", group="optimiser: --lr 1e-3 --steps 100")
     epochs: int = flag(None, "times that every pair is seen", kind=int, within=(1, 10 ** 9))
     steps: int = flag(None, "steps of the optimiser, in place of epochs", kind=int,
                       within=(1, 10 ** 9))
@@ -81,10 +81,10 @@ class Settings:
     seed: int = flag(101, "of the prefix, the order of the data and the choice of examples",
                      within=(0, 10 ** 12))
     dev_every: int = flag(0, "steps between two evaluations on the dev set; 0: a tenth of the run",
-                          within=(0, 10 ** 9), group="dev set: python train.py --dev-pairs 100")
+                          within=(0, 10 ** 9), group="dev set: --dev-pairs 100")
     dev_pairs: int = flag(500, "pairs of the dev set, a fixed sample; 0: all", within=(0, 10 ** 9))
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one",
-                       group="device and speed: python train.py --device cpu --fast")
+                       group="device and speed: --device cpu --fast")
     dtype: str = flag("auto", "of the frozen weights, the prefix is fp32; auto: bf16 on a GPU that "
                               "has it, else fp32; fp16: with a loss scale, for a GPU without bf16",
                       choices=["auto", "fp32", "bf16", "fp16", "fp64"])
@@ -101,7 +101,7 @@ class Settings:
                                 "beginnings computed once; 0: pairs meet at random",
                              within=(0, 10_000))
     out: str = flag("", "directory of the run; left out: out/MODEL-DATA",
-                    group="run: python train.py --resume out/tiny-gpt2-world")
+                    group="run: --resume out/tiny-gpt2-world")
     resume: str = flag("", "directory of a run to continue; its own settings are used")
     stop_at: int = flag(0, "stop after this step as Ctrl-C would, to be resumed; 0: at the end",
                         within=(0, 10 ** 9))

@@ -15,6 +15,7 @@ import xml.etree.ElementTree as ElementTree
 import zlib
 
 from data.example import check_text, short
+from utils.cli import nearest
 from utils.files import LARGEST, plain_file
 
 # What packed files begin with, and what unpacks them.
@@ -266,13 +267,21 @@ def read_dart(path):
 ADVICE = "rename or add what is missing"
 
 
+def mistyped(need, names, advice):
+    """`advice`, and before it which of `names` was probably meant by one of `need` not in them."""
+    others = [name for name in names if name not in need][:1000]
+    near = (nearest(name, others) for name in need if name not in names)
+    return " ".join(filter(None, (*near, advice)))
+
+
 def check_keys(row, need, where, advice):
     """Raise ValueError where `row` is no object with the keys in `need`."""
     if not isinstance(row, dict) or not set(need) <= row.keys():
         got = (f"the keys {short(list(row))}" if isinstance(row, dict) else
                f"a {type(row).__name__}, {short(row)}")
         raise ValueError(f"{where}: got {got}, expected an object with "
-                         + " and ".join(f'"{key}"' for key in need) + f"; {advice}")
+                         + " and ".join(f'"{key}"' for key in need)
+                         + f"; {mistyped(need, row if isinstance(row, dict) else (), advice)}")
 
 
 def json_objects(path, need, advice=ADVICE):
@@ -282,7 +291,8 @@ def json_objects(path, need, advice=ADVICE):
         check_keys(row, need, where, advice)
         yield where, row
     if row is None:
-        raise ValueError(f"{path}: got an empty file, expected one JSON object a line")
+        raise ValueError(f"{path}: got an empty file, expected one JSON object a line; "
+                         "write them there, or name another file")
 
 
 def as_list(value):

@@ -42,16 +42,29 @@ def is_own(name):
     return suffix_of(name) in SUFFIXES or bool(name) and Path(name).exists()
 
 
+def delimiter_of(path, need):
+    """What stands between the columns of a table. Of a .csv its first line decides, for some
+    programs write semicolons or tabs: what gives the names in `need`, or else the most columns.
+    """
+    first = next((line for line in formats.text_lines(path) if line.strip()), "")
+
+    def fits(delimiter):
+        names = [name.strip(' "\r\n') for name in first.split(delimiter)]
+        return set(need) <= set(names), len(names)
+    return "\t" if suffix_of(path) == ".tsv" else max(",;\t", key=fits)
+
+
 def objects(path, need, advice=formats.ADVICE):
     """(where, object) for every line or row of a file; each has the keys in `need`, else a
     ValueError gives the advice.
     """
     if suffix_of(path) in (".csv", ".tsv"):
-        rows = formats.csv_rows(path, "\t" if suffix_of(path) == ".tsv" else ",")
+        rows = formats.csv_rows(path, delimiter_of(path, need))
         line, names = next(rows, (1, []))
         if not set(need) <= set(names):
             raise ValueError(f"{path}, line {line}: got the columns {short(names)}, expected "
-                             f"{' and '.join(need)} among them; {advice}")
+                             f"{' and '.join(need)} among them; "
+                             + formats.mistyped(need, names, advice))
         for line, row in rows:
             if len(row) != len(names):
                 raise ValueError(f"{path}, line {line}: got {len(row)} fields, {short(row)}, "
@@ -124,7 +137,7 @@ def load(name, splits, seed, keys=KEYS):
              for split in splits}
     for split, file in files.items():
         if file is None:
-            choice = ", or choose the split dev" if split == "test" else ""
+            choice = ", or choose --split dev" if split == "test" else ""
             raise ValueError(f"got no {split} split for {path}, expected {beside.format(split)}; "
                              f"put it there{choice}")
     found = {file: gather(examples(rows_of(file, keys))) for file in dict.fromkeys(files.values())}

@@ -31,7 +31,7 @@ def load_examples(settings):
     train, dev = tasks.train_and_dev(settings.data, settings.data_dir or None, keys=keys)
     if settings.examples > len(train):
         raise ValueError(f"got --examples {settings.examples}; expected at most {len(train)}, the "
-                         f"sources of {settings.data}")
+                         f"sources of {settings.data}; lower it")
     if settings.examples:
         train = random.Random(settings.seed).sample(train, settings.examples)
     return train, dev

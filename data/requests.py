@@ -45,7 +45,7 @@ def read_requests(path, runs, key="source"):
                 for where, row in own.objects(path, (key,), f"rename it; the run calls it {key}"))
     elif len(runs) > 1:
         raise ValueError(f"got --input {path} and several --run; expected a .jsonl file whose "
-                         'lines name their run, {"source": ..., "run": ...}')
+                         'lines name their run, {"source": ..., "run": ...}; or give one --run')
     else:
         rows = ((where, line, "".join(runs)) for where, line in plain_lines(path))
     for where, source, run in rows:

@@ -8,12 +8,12 @@ the official file in WebNLG and DART: these are scored by entry, equal tables in
 Not here: the formats of the files (formats.py), summarising (summaries.py), the invented world
 (toy_world/), how long a text may be (causal.py, seq2seq.py).
 """
-import difflib
 from pathlib import Path
 
 from data import formats, own, summaries
 from data.example import examples, gather, without_blanks
 from data.toy_world import headlines, tables
+from utils.cli import nearest
 from utils.files import fetch_file
 
 SPLITS = ("train", "dev", "test")
@@ -69,8 +69,7 @@ WEBNLG_SEEN = frozenset(("Airport", "Astronaut", "Building", "City", "ComicsChar
 
 def guess(got, expected):
     """The end of an error message: what was expected, and what was probably meant."""
-    near = difflib.get_close_matches(got, expected, 1)
-    return f"{', '.join(expected)}; " + (f"did you mean {near[0]}?" if near else "choose one")
+    return f"{', '.join(expected)}; {nearest(got, expected, 'choose one')}"
 
 
 def official_file(name, split, data_dir):

@@ -16,7 +16,7 @@ from pretrained.hub import NAMES, PACKAGES, fetch
 from pretrained.hugging_face import convert
 from pretrained.load import WEIGHTS
 from pretrained.peft_adapter import read_peft, write_peft
-from utils.cli import flag, parse, run_program
+from utils.cli import flag, nearest, parse, run_program
 from utils.terminal import command
 
 KNOWN = (*NAMES, *PACKAGES)
@@ -77,8 +77,8 @@ def main(argv=None):
         fetch(source, out)
     else:
         raise ValueError(f"got {source!r}; expected a directory, a .gguf file, OWNER/NAME on the "
-                         f"hub or one of {', '.join(KNOWN)}; `python -m pretrained.convert --help` "
-                         "has more")
+                         f"hub or one of {', '.join(KNOWN)}; " + nearest(
+                             source, KNOWN, "`python -m pretrained.convert --help` has more"))
     print(f"wrote {out}/config.json and {out}/model.pt")
 
 

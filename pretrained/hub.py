@@ -110,6 +110,7 @@ def fetch_from_package(name, out_directory):
     if found is None:
         raise ValueError(f"got the model {name}, which the package {module} carries; expected it "
                          f"to be installed; `{command}`")
+    print(f"{out_directory} is made from the package {module}, this once", file=sys.stderr)
     convert_gguf(Path(found.submodule_search_locations[0]) / file, out_directory)
 
 

@@ -4,7 +4,6 @@ Models lie in weights/NAME, or anywhere; one that is known by name and not there
 Not here: the formats of the files (checkpoint.py, data/tokenizer.py), runs (run_directory.py).
 """
 import dataclasses
-import difflib
 import hashlib
 import json
 import sys
@@ -15,6 +14,7 @@ import torch
 from data.tokenizer import OWN_FILES, load_tokenizer
 from pretrained.checkpoint import check_vocabulary, load
 from pretrained.hub import NAMES, PACKAGES, fetch
+from utils.cli import nearest
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
@@ -71,10 +71,8 @@ def find_model(name):
     if here.is_dir():           # so late: a folder that has a model's name only is not in its way
         return here
     known = sorted({*NAMES, *PACKAGES, *(p.parent.name for p in WEIGHTS.glob("*/config.json"))})
-    near = difflib.get_close_matches(name, known, 1)
-    raise ValueError(f"got the model {name!r}; expected a directory or one of {', '.join(known)}"
-                     + (f"; did you mean {near[0]}?" if near else
-                        "; `python -m pretrained.convert` makes new ones"))
+    raise ValueError(f"got the model {name!r}; expected a directory or one of {', '.join(known)}; "
+                     + nearest(name, known, "`python -m pretrained.convert` makes new ones"))
 
 
 def fingerprint_of(model, tokenizer):

@@ -53,7 +53,8 @@ def write_peft(run, out):
         raise ValueError(f"got {run}, which has no prefix.pt; expected a run of train.py that "
                          "learned a prefix; choose another")
     if Path(out).exists() and any(Path(out).iterdir()):
-        raise ValueError(f"got --to-peft {out}, which is not empty; expected a new directory")
+        raise ValueError(f"got --to-peft {out}, which is not empty; expected a new directory; "
+                         "choose another")
     model, _, prefix = load_run(run, "cpu", "fp32")
     check_one_prefix(model, run)
     L, _, _, H, P, D = prefix.shape
@@ -132,7 +133,7 @@ def read_peft(directory, out, model_name=""):
     sample.py decodes with the run, and `train.py --start-from` goes on from it.
     """
     if Path(out).exists():
-        raise ValueError(f"got --out {out}, which exists; expected a new directory")
+        raise ValueError(f"got --out {out}, which exists; expected a new directory; choose another")
     about, flat = read_config(directory), read_weights(directory)
     theirs = about.get("base_model_name_or_path") or ""
     ours = {repository: name for name, (repository, _) in NAMES.items()}

@@ -28,7 +28,7 @@ from prefix import tensors_of
 from pretrained.checkpoint import UNREADABLE, check_finite, describe, load, read_tensors, save
 from pretrained.load import load_model
 from utils import files
-from utils.cli import check
+from utils.cli import check, nearest
 from utils.files import append_lines, atomic_write, read_json, write_json
 
 FORMAT = "prefix-tuning 1"
@@ -71,7 +71,8 @@ def load_prefix(path, model):
                       for part, like in zip(tensors_of(prefix), tensors_of(empty))]
     except UNREADABLE as error:
         raise ValueError(f"got {path}, which is no prefix ({describe(error)}); expected the "
-                         "prefix.pt of a run of train.py with this kind of model") from error
+                         "prefix.pt of a run of train.py with this kind of model; choose another "
+                         "run, or train it again") from error
     if fingerprint != model.fingerprint:
         raise ValueError(f"got {path}, a prefix for the model {fingerprint!r}, expected one for "
                          f"the model that is loaded, {model.fingerprint!r}; load the one it was "
@@ -111,8 +112,12 @@ def run_settings(directory):
                 raise TypeError(f"its {name} is {settings[name]!r:.60}")
         return settings
     except UNREADABLE as error:
+        runs = sorted(str(path.parent) for path in Path("out").glob("*/config.json")
+                      if path.parent != Path(directory))
         raise ValueError(f"got {directory}, which is no run ({describe(error)[:150]}); expected "
-                         "the config.json that train.py writes in it; look into out/") from error
+                         "the config.json that train.py writes in it; " + nearest(
+                             str(directory), runs, f"choose one of {', '.join(runs[:9])}" if runs
+                             else "train one: `python train.py` writes it into out/")) from error
 
 
 def resumed_settings(args):

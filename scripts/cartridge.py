@@ -2,14 +2,13 @@
 
     python -m scripts.cartridge
 
-Eight fact sheets are longer than what the bundled model can read. It reads one at a time, asks
-itself questions and answers them; a prefix learns to answer, without the sheet, as the model does
-with it (context distillation). What is found: docs/cartridge.md. Letters as in model.py.
+Eight fact sheets are longer than what the bundled model can read. It reads one at a time and asks
+itself questions; a prefix learns its answers (context distillation). Found: docs/cartridge.md.
 """
+import argparse
 import random
 
 import torch
-from torch.nn import functional as F
 
 from data.batches import Pair
 from data.causal import collate
@@ -19,6 +18,7 @@ from decoding.constraints import Constraints
 from prefix import Prefix
 from pretrained.load import load_model
 from sample import generate, sample_token
+from utils.cli import run_program
 
 
 def make_document(tokenizer, rng):
@@ -63,8 +63,8 @@ def study(model, learner, talks, steps=1200, lr=0.1, batch_size=16):
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         chosen = torch.randint(len(talks), (batch_size,)).tolist()
         student = log_probabilities(model, [talks[i][1] for i in chosen], learner())    # (N, V)
-        F.kl_div(student, torch.cat([teacher[i] for i in chosen]), log_target=True,
-                 reduction="batchmean").backward()
+        torch.nn.functional.kl_div(student, torch.cat([teacher[i] for i in chosen]),
+                                   log_target=True, reduction="batchmean").backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -96,4 +96,5 @@ def main(lengths=(9, 27)):
 
 
 if __name__ == "__main__":
-    main()
+    argparse.ArgumentParser("python -m scripts.cartridge", description=__doc__).parse_args()
+    run_program(main)

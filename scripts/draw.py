@@ -20,7 +20,7 @@ from data import own, tasks
 from data.pairs import pairs_of
 from prefix import tensors_of
 from scripts.attention_shares import attention_shares
-from scripts.drawing import new_figure, plain_panel, render, save_picture
+from scripts.drawing import new_figure, plain_panel, render, save_pictures
 from scripts.results import read_rows
 from train import Trainer
 from utils.cli import flag, parse, run_program
@@ -182,7 +182,7 @@ def table(caption, header, rows):
 
 def image(name, draw, *args):
     """A figure inside the page, as SVG; nothing without matplotlib."""
-    picture = render(f"the {name} in the page", draw, *args, form="svg")
+    picture = render(draw, *args, form="svg")
     return picture and (f'<p><img alt="{html.escape(name)}" src="data:image/svg+xml;base64,'
                         f'{base64.b64encode(picture).decode()}"></p>')
 
@@ -255,10 +255,12 @@ def main(argv=None):
     shares, tokens = shares_of(generator, prefix, examples,
                                (settings.get("max_source"), settings.get("max_target")))
     outputs, out = outputs_of(generator, settings["method"], examples), Path(s.out or s.run)
+    figures = {}
     if log:                                     # a prefix of peft's has none
-        save_picture(out / "loss.png", draw_losses, log, settings)
+        figures[out / "loss.png"] = draw_losses, log, settings
     if shares:                                  # fine-tuning has no prefix
-        save_picture(out / "lambda.png", draw_shares, shares, tokens)
+        figures[out / "lambda.png"] = draw_shares, shares, tokens
+    save_pictures(figures)
     with atomic_write(out / "page.html", "w") as file:
         file.write(page(s.run, about, log, shares, tokens, outputs))
     print(out / "page.html")

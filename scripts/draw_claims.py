@@ -9,7 +9,7 @@ import dataclasses
 import statistics
 from pathlib import Path
 
-from scripts.drawing import new_figure, plain_panel, save_picture, write_between
+from scripts.drawing import new_figure, plain_panel, save_pictures, write_between
 from scripts.results import read_rows
 from utils.cli import flag, parse, run_program
 
@@ -187,7 +187,7 @@ def main(argv=None):
                          "expected the whole plan; run the rest, or give claims.py --no-picture")
     write_between(Path(settings.page), "claims", table(results))
     print(table(results))
-    save_picture(settings.picture, draw, results)
+    save_pictures({settings.picture: (draw, results)})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import dataclasses
 import statistics
 from pathlib import Path
 
-from scripts.drawing import new_figure, plain_panel, save_picture, write_between
+from scripts.drawing import new_figure, plain_panel, save_pictures, write_between
 from scripts.results import read_rows
 from utils.cli import flag, parse, run_program
 
@@ -215,7 +215,7 @@ def main(argv=None):
     write_between(Path(settings.page), "results", page_text(results))
     for claim, found, verdict in verdicts(results):
         print(f"{claim}: {found} {verdict}")
-    save_picture(settings.picture, draw, results)
+    save_pictures({settings.picture: (draw, results)})
 
 
 if __name__ == "__main__":

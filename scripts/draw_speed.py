@@ -6,7 +6,7 @@ Reads these files and nothing else; all have to be of one machine. Needs matplot
 """
 import sys
 
-from scripts.drawing import new_figure, plain_panel, save_picture
+from scripts.drawing import new_figure, plain_panel, save_pictures
 from scripts.results import read_rows
 from utils.cli import run_program
 
@@ -111,7 +111,7 @@ def main(paths=None, picture="docs/speed.png"):
         raise ValueError("got no rows, or those of several machines; expected files that "
                          "scripts.bench train and decode wrote on one machine; name them, or "
                          "measure again")
-    if not save_picture(picture, draw, rows):
+    if not save_pictures({picture: (draw, rows)}):
         sys.exit(2)
 
 

@@ -19,28 +19,32 @@ def plain_panel(panel, title):
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def render(name, draw, *args, form="png"):
-    """The figure that `draw(*args)` returns, as the bytes of a picture; None, and a line on stderr
-    about the picture `name`, where matplotlib is missing.
-    """
+def render(draw, *args, form="png"):
+    """The figure that `draw(*args)` returns, as the bytes of a picture; None without matplotlib."""
     try:
         figure = draw(*args)
     except ImportError:
-        print(f"no package matplotlib, so {name} is not drawn; `pip install matplotlib`",
-              file=sys.stderr)
         return None
     buffer = io.BytesIO()
     figure.savefig(buffer, format=form, dpi=110)
     return buffer.getvalue()
 
 
-def save_picture(path, draw, *args):
-    """Write what `render` gives, as the ending of `path` says. Returns whether there is one."""
-    picture = render(path, draw, *args, form=Path(path).suffix[1:])
-    if picture:
+def save_pictures(figures):
+    """Write what `render` gives for every {path: (draw, *args)}, as the ending of `path` says.
+
+    Returns whether it could; without matplotlib one line on stderr says what is missing.
+    """
+    for path, (draw, *args) in figures.items():
+        picture = render(draw, *args, form=Path(path).suffix[1:])
+        if picture is None:
+            names = ", ".join(map(str, figures))
+            print(f"no package matplotlib, so no picture is drawn ({names}); `pip install "
+                  "matplotlib`", file=sys.stderr)
+            return False
         with atomic_write(path) as file:
             file.write(picture)
-    return bool(picture)
+    return True
 
 
 def write_between(page, name, text):

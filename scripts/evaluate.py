@@ -30,7 +30,7 @@ from utils.terminal import progress
 @dataclasses.dataclass
 class Settings:
     run: str = flag("", "directory of a training run, out/NAME",
-                    group="run and data: python -m scripts.evaluate --run out/NAME --split dev")
+                    group="run and data: --run out/NAME --split dev")
     split: str = flag("test", "train, dev or test")
     data: str = flag("", "another data set than the one of the run, by name or your own")
     data_dir: str = flag("", "read the data set from here; left out: as the run did")
@@ -40,7 +40,7 @@ class Settings:
     topics: bool = flag(False, "score each topic by itself, too")
     num_beams: int = flag(None, "as in sample.py; left out: by the data set, see there",
                           kind=int, within=(1, 1000), alias="beam",
-                          group="search: python -m scripts.evaluate --run out/NAME --num-beams 5")
+                          group="search: --run out/NAME --num-beams 5")
     length_penalty: float = flag(None, "as in sample.py", kind=float, within=(-100, 100))
     max_new_tokens: int = flag(None, "as in sample.py", kind=int, within=(1, 100_000),
                                alias="max-new")
@@ -48,7 +48,7 @@ class Settings:
                                alias="min-new")
     no_repeat_ngram_size: int = flag(0, "as in sample.py", within=(0, 100_000), alias="no-repeat")
     batch_size: int = flag(16, "sources decoded at once", within=(1, 100_000),
-                           group="device: python -m scripts.evaluate --run out/NAME --device cpu")
+                           group="device: --run out/NAME --device cpu")
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     dtype: str = flag("auto", "of the frozen weights; auto: bf16 on a GPU that has it, else fp32",
                       choices=["auto", "fp32", "bf16", "fp16", "fp64"])
@@ -130,7 +130,7 @@ def parts_of(data, examples, topics):
     if seen is not None:
         found["seen"] = [i for i in every if examples[i].topic in seen]
         found["unseen"] = [i for i in every if examples[i].topic not in seen]
-    if topics:
+    if topics and any(example.topic for example in examples):
         groups = group_by(every, lambda i: examples[i].topic)
         for rows in sorted(groups, key=lambda rows: examples[rows[0]].topic):
             name = examples[rows[0]].topic or "no topic"

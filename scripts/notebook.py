@@ -6,13 +6,15 @@
 The notebook goes into the top folder of the clone, where `import model` finds the project. It is
 not in the repository, for it is made in a second. tests/test_walkthrough.py runs the page.
 """
-import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import os
 import re
 from pathlib import Path
+
+from utils.cli import flag, parse, run_program
 
 # A block of code, and the block of what it prints behind it.
 BLOCK = re.compile(r"```python\n(.*?)```\n\n```text\n(.*?)```\n", re.S)
@@ -53,19 +55,26 @@ def notebook(text, folder="docs"):
     return {"nbformat": 4, "nbformat_minor": 5, "metadata": {"kernelspec": python}, "cells": cells}
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Make a notebook of a page.")
-    parser.add_argument("page", type=Path)
-    parser.add_argument("--refresh", action="store_true", help="write the page's outputs anew")
-    args = parser.parse_args()
-    text = args.page.read_text("utf-8")
-    if args.refresh:
-        args.page.write_text(refreshed(text), "utf-8")
+@dataclasses.dataclass
+class Settings:
+    page: str = flag("", "a page with blocks of Python, as docs/walkthrough.md")
+    refresh: bool = flag(False, "write the page's outputs anew")
+
+
+def main(argv=None):
+    settings = parse(Settings, argv, "Make a notebook of a page.", "page")
+    if not settings.page:
+        raise ValueError("got no page; expected one; `python -m scripts.notebook "
+                         "docs/walkthrough.md`")
+    page = Path(settings.page)
+    text = page.read_text("utf-8")
+    if settings.refresh:
+        page.write_text(refreshed(text), "utf-8")
         return
-    out = Path(args.page.with_suffix(".ipynb").name)
+    out = Path(page.with_suffix(".ipynb").name)
     out.write_text(json.dumps(notebook(text), indent=1, ensure_ascii=False), "utf-8")
     print(f"wrote {out}; open it with Jupyter from this folder")
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -49,6 +49,7 @@ RULES = {"e2e": Rule(lowercase=True), "dart": MULTI_BLEU,
 # Seconds that a Java program may take to start, and for each line of text: some ten times what it
 # takes on a busy machine of two cores. Who waits longer waits for nothing.
 START, EACH = 300, 0.1
+JAVA = "install a Java runtime, as by `apt-get install default-jre-headless`"
 
 
 def prepare(text, rule):
@@ -125,7 +126,7 @@ def java(words, talk, lines):
     """
     command, limit = shutil.which("java"), START + EACH * lines
     if command is None:
-        raise OSError("java is not installed")
+        raise OSError(f"java is not installed, which pycocoevalcap needs; {JAVA}")
     if late(command).is_set():
         raise OSError("java took too long before")
     # Its errors are a file: nobody has to read them while it writes.
@@ -269,7 +270,8 @@ def reason(error):
     """Why a score is not there, in one line."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         name = error.name.split(".")[0]
-        return f"{name} is not installed; `pip install {name}`"
+        more = f", and {JAVA}" if name == "pycocoevalcap" and not shutil.which("java") else ""
+        return f"{name} is not installed; `pip install {name}`{more}"
     kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__} "
     return " ".join(f"{kind}{error}".split())[:200] or type(error).__name__
 

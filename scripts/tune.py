@@ -35,11 +35,12 @@ OWN = ("lr", "prefix_len", "steps", "out", "rates", "lengths", "epochs", "dev_ev
 class Settings(train.Settings):
     rates: list = flag([], "learning rates to try, repeatable; left out: 3e-4, 1e-3, 3e-3, or --lr",
                        kind=float, within=(1e-12, 1e30),
-                       group="grid: python -m scripts.tune --data my.jsonl --model "
-                             "gpt2 --rates 5e-4 --rates 2e-3 --lengths 10")
+                       group="grid: --data my.jsonl --rates 5e-4 --rates 2e-3 --lengths 10")
     lengths: list = flag([], "prefix lengths to try, repeatable; left out: 5, 10, 20, or "
                              "--prefix-len", kind=int, within=(1, 10_000))
     steps: int = flag(100, "steps of the longest runs, a multiple of 4", within=(4, 10 ** 9))
+    out: str = flag("", "directory of the runs; left out: out/tune-MODEL-DATA",
+                    group="runs: --data my.jsonl --out out/search")
 
 
 def words(settings, names):
@@ -127,7 +128,8 @@ def halve(folder, common, choices, steps):
 
 
 def main(argv=None):
-    args = parse(Settings, argv, "Find a learning rate and a prefix length by short runs.")
+    args = parse(Settings, argv, "Find a learning rate and a prefix length by short runs.",
+                 hidden=OWN[-4:])
     refused = sorted(args.given & set(OWN[-4:])) or args.steps % 4 and ["steps"]
     if refused:
         raise ValueError(f"got --{refused[0].replace('_', '-')}; expected --steps alone to say how "

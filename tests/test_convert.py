@@ -512,7 +512,7 @@ def test_a_mistake_is_one_line_and_exit_status_2(tmp_path, capfd, process):
     whole = (cut / "pytorch_model.bin").read_bytes()
     (cut / "pytorch_model.bin").write_bytes(whole[:len(whole) // 2])
     trap = write(tmp_path / "trap", {"wte.weight": Trap(tmp_path / "sprung")}, "legacy")
-    for source, word in (("gpt5", "gpt2-medium"), (cut, "cut short"), (trap, "mkdir")):
+    for source, word in (("gtp2", "did you mean gpt2?"), (cut, "cut short"), (trap, "mkdir")):
         words = [str(source), "--out", str(tmp_path / "out")]
         if process:
             done = command(*words)

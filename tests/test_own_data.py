@@ -70,6 +70,34 @@ def test_a_folder_has_a_file_for_each_split(tmp_path):
         load(str(tmp_path), "dev")
 
 
+@pytest.mark.parametrize("text", [
+    "id;source;target\n1;a, b;c\n2;d;e, f\n", '"id";"source";"target"\n1;"a, b";c\n2;d;"e, f"\n',
+    "\ufeff\n\nid\tsource\ttarget\r\n1\ta, b\tc\r\n2\td\te, f\r\n",
+    'id,"source",target\n1,"a, b",c\n2,d,"e, f"\n',
+    'source,"x;y;z;w",target\n"a, b",,c\nd,,"e, f"\n'])
+def test_a_csv_file_may_have_semicolons_or_tabs(tmp_path, text):
+    """As a spreadsheet writes it where the comma is the decimal point. Would catch: one column of
+    everything; a comma in a text, or semicolons in a name, that are taken for the columns' ends.
+    """
+    (tmp_path / "my.csv").write_bytes(text.encode())
+    write_form(tmp_path / "my.dev.csv")
+    assert load(str(tmp_path / "my.csv"), "train") == [Example("a, b", ("c",)),
+                                                       Example("d", ("e, f",))]
+    assert [source for source, _ in read_requests(tmp_path / "my.csv", [])] == ["a, b", "d"]
+
+
+@pytest.mark.parametrize("name, text", [
+    ("my.csv", "id;table;target\n1;a;b\n"), ("my.tsv", "id\ttable\ttarget\n1\ta\tb\n"),
+    ("my.jsonl", '{"id": 1, "table": "a", "target": "b"}'),
+    ("my.json", '[{"id": 1, "table": "a", "target": "b"}]')])
+def test_a_mistyped_column_is_answered_with_the_nearest(tmp_path, name, text):
+    """Would catch: an advice to rename, for a letter in the wrong place of a flag."""
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=r"\['id', 'table', 'target'\], expected .*; did you "
+                                         "mean table[?] rename"):
+        load(str(tmp_path / name), "train", keys=("tabel", "target"))
+
+
 @pytest.mark.parametrize("name, text, words", [
     ("my.csv", "article,summary\na,b\n", r"line 1: got the columns \['article', 'summary'\], "
      "expected source and target among them; .*--source-key and --target-key"),

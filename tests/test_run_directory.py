@@ -74,6 +74,21 @@ def test_what_is_no_run_is_named(tmp_path, text):
         run_settings(tmp_path)
 
 
+def test_who_names_no_run_is_told_of_those_that_are_there(tmp_path, monkeypatch):
+    """Would catch: an error without a next step, a damaged run that is advised in its own place."""
+    monkeypatch.chdir(tmp_path)
+    for made, advice in (("", "train one: `python train.py`"),
+                         ("out/bart-xsum", "choose one of out/bart-xsum$"),
+                         ("out/world", "did you mean out/world[?]")):
+        if made:
+            (tmp_path / made).mkdir(parents=True)
+            (tmp_path / made / "config.json").write_text("{}")
+        with pytest.raises(ValueError, match=f"got out/wrld, which is no run .*; {advice}"):
+            run_settings("out/wrld")
+    with pytest.raises(ValueError, match="no run .KeyError.*; choose one of out/bart-xsum$"):
+        run_settings("out/world/")
+
+
 @pytest.mark.parametrize("name, value, words", [
     ("model", ["a"], "its model is ['a']"), ("data", 7, "its data is 7"),
     ("max_source", "512", "its max_source is '512'"), ("steps", "ten", "with steps = 'ten'"),

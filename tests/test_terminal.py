@@ -3,6 +3,7 @@ import io
 import os
 import pty
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -44,6 +45,29 @@ def test_without_torch_every_program_says_so(start, tmp_path):
                           env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: got no package torch, ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT")
+@pytest.mark.parametrize("start, status", [
+    (["train.py"], 130), (["sample.py"], 130), (["-m", "scripts.tune"], 130),
+    (["-m", "pretrained.convert"], 130), (["-c", "import train"], -signal.SIGINT)])
+def test_ctrl_c_during_the_imports_is_one_word(start, status, tmp_path):
+    """Would catch: a traceback of torch's own start, or the abort of C++ that it becomes there;
+    somebody's own script, or a notebook, that ends as if it were one of our programs.
+    """
+    if start[-1] == "scripts.tune":
+        pytest.importorskip("scripts", reason="there is no scripts/ here")
+    (tmp_path / "torch.py").write_text("import time\nprint('torch', flush=True)\ntime.sleep(60)\n")
+    child = subprocess.Popen(
+        [sys.executable, *start], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))    # not so under nohup
+    assert child.stdout.readline() == "torch\n"
+    time.sleep(0.1)
+    child.send_signal(signal.SIGINT)
+    err = child.communicate()[1]
+    assert child.returncode == status
+    assert (err == "interrupted\n") == (status == 130) and ("Traceback" in err) == (status < 0)
 
 
 def test_the_wait_policy_is_set_before_torch_reads_it():
@@ -136,7 +160,14 @@ def test_piped_lines_are_taken_as_they_are(monkeypatch, capsys):
     """Would catch: a source called quit that ends the work, a prompt among the texts."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\nquit\ntwo"))
     assert list(terminal.typed_lines("source> ", "source")) == ["one", "quit", "two"]
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")
+
+
+def test_who_types_into_a_file_is_asked_beside_it(monkeypatch, capsys):
+    """Would catch: a prompt in the file, or none on the terminal."""
+    monkeypatch.setattr(sys, "stdin", Terminal("one\n"))
+    assert list(terminal.typed_lines("source> ", "source")) == ["one"]
+    assert capsys.readouterr() == ("", "source> source> \n")
 
 
 @pytest.mark.parametrize("end", [b"quit\n", b"\x04"])

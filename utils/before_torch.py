@@ -4,11 +4,12 @@ PyTorch's threads spin while they wait for each other, which makes a small model
 slower on a busy computer. Passive threads sleep. torch reads this once, when it is imported: where
 that was done already, as in an old notebook, it is too late, and nothing else changes.
 A Python that is too old and a package that is missing are told in one sentence here, for what is
-imported next would fail. So this file has to be readable for old Pythons. Knows nothing of the
-project but its packages.
+imported next would fail; Ctrl-C meanwhile in one word. So this file has to be readable for old
+Pythons. Knows nothing of the project but its packages.
 """
 import importlib.util
 import os
+import signal
 import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -25,7 +26,28 @@ def what_is_missing(version, find=importlib.util.find_spec):
             "of this Python, {}".format(", ".join(missing), sys.executable) if missing else "")
 
 
+def leave(number, frame):
+    """End at once, with the signal's status. A KeyboardInterrupt in the middle of torch's own start
+    would come out as another error, or as an abort of C++.
+    """
+    sys.stderr.write("interrupted\n")
+    os._exit(128 + number)
+
+
+def is_program():
+    """Whether a program of this project starts: not a notebook, a test or somebody's own script."""
+    frame = sys._getframe(1)
+    while frame.f_globals["__name__"] == __name__ or "importlib" in frame.f_code.co_filename:
+        frame = frame.f_back
+    # Who imports this file; a notebook has no file. `python -m` is called "-m" until it has found
+    # the module, so while our package is imported.
+    about = frame.f_globals
+    return about["__name__"] == "__main__" and "__file__" in about or sys.argv[:1] == ["-m"]
+
+
 sentence = what_is_missing(sys.version_info)
 if sentence:
     sys.stderr.write("error: " + sentence + "\n")
     sys.exit(2)
+if is_program() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, leave)         # until run_program of cli.py

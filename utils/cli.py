@@ -6,6 +6,8 @@ or an OSError that says what was got, what was expected and what to do next; `ru
 into one line and exit status 2, and what nobody expected into one line and status 70. Knows nothing
 of the project.
 """
+from utils.before_torch import leave
+
 import argparse
 import contextlib
 import dataclasses
@@ -15,6 +17,7 @@ import io
 import os
 import signal
 import sys
+from pathlib import Path
 
 # Set to anything, this environment variable brings the traceback of every error.
 TRACEBACK = "PREFIX_TUNING_TRACEBACK"
@@ -23,7 +26,7 @@ TRACEBACK = "PREFIX_TUNING_TRACEBACK"
 def flag(default, text, choices=None, kind=None, within=None, alias=None, group=None):
     """A field of a settings dataclass: its default, its help text, and the values it may take, as
     `choices` or as `within`, the lowest and the highest number. alias: a second name of the flag.
-    group: "title: example", where a group of flags begins in --help.
+    group: "title: example", where a group of flags begins in --help; the example is flags alone.
     """
     metadata = {"help": text, "choices": choices, "kind": kind or type(default), "within": within,
                 "alias": alias, "group": group}
@@ -35,6 +38,20 @@ def flag(default, text, choices=None, kind=None, within=None, alias=None, group=
 class _OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(f"{message}; `{self.prog} --help` lists every flag")
+
+
+def program_of(settings):
+    """How the program of this settings dataclass is started: "python train.py", say."""
+    name, main = settings.__module__, sys.modules["__main__"]
+    if name == "__main__":
+        name = main.__spec__.name if main.__spec__ else Path(sys.argv[0]).stem
+    return f"python -m {name}" if "." in name else f"python {name}.py"
+
+
+def nearest(got, known, otherwise=""):
+    """The end of a message: which of `known` was probably meant by `got`."""
+    near = difflib.get_close_matches(got, known, 1)
+    return f"did you mean {near[0]}?" if near else otherwise
 
 
 def number(value):
@@ -63,39 +80,39 @@ def check(settings, name_of=lambda field: "--" + field.replace("_", "-")):
                 raise ValueError(f"{got} a number from {number(low)} to {number(high)}")
 
 
-def parse(settings, argv, description, positional=None, notes=""):
+def parse(settings, argv, description, positional=None, notes="", hidden=()):
     """Read `argv` into an instance of the dataclass `settings`; `positional` names the field
     without dashes.
 
     A field whose default is a list is a flag that may be repeated; one whose default is None stays
     None when it is left out. The attribute `given` of what is returned has the names of the fields
-    that stand in argv. notes: shown at the end of --help. An unknown flag raises ValueError and
-    names the flag that was probably meant.
+    that stand in argv. notes: shown at the end of --help. hidden: fields that --help does not
+    name, for the caller refuses them. An unknown flag raises ValueError and names the flag that was
+    probably meant.
     """
-    spec = sys.modules["__main__"].__spec__ if settings.__module__ == "__main__" else None
-    parser = _OneLineParser(prog=f"python -m {spec.name}" if spec else None,
-                            description=description, epilog=notes, allow_abbrev=False,
+    parser = _OneLineParser(prog=program_of(settings), description=description, epilog=notes,
+                            allow_abbrev=False,
                             formatter_class=argparse.RawDescriptionHelpFormatter,
                             argument_default=argparse.SUPPRESS)
     flags, place = [], parser
     for field in dataclasses.fields(settings):
         if field.metadata["group"]:
             title, example = field.metadata["group"].split(": ", 1)
-            place = parser.add_argument_group(title, f"example: {example}")
+            place = parser.add_argument_group(title, f"example: {parser.prog} {example}")
         kind, choices = field.metadata["kind"], field.metadata["choices"]
         repeated = field.default is dataclasses.MISSING
         plain = repeated or field.default in (None, "") or field.default is False
         notes_on = [" to ".join(map(number, field.metadata["within"] or ()))]
         notes_on += [] if plain else [f"default: {field.default}"]
         ends = "; ".join(filter(None, notes_on))
-        about = {"help": (field.metadata["help"] + (f" ({ends})" if ends else "")).replace(
-            "%", "%%")}
+        about = {"help": argparse.SUPPRESS if field.name in hidden else
+                 (field.metadata["help"] + (f" ({ends})" if ends else "")).replace("%", "%%")}
         if field.name == positional:
             place.add_argument(field.name, nargs="?", **about)
             continue
         names = ["--" + name.replace("_", "-") for name in (field.name, field.metadata["alias"])
                  if name]
-        flags += names
+        flags += names if field.name not in hidden else []
         place.add_argument(*names, dest=field.name, **about, **(
             {"action": "store_true"} if kind is bool else
             {"action": "append", "type": str if kind is list else kind} if repeated else
@@ -103,10 +120,10 @@ def parse(settings, argv, description, positional=None, notes=""):
     known, unknown = parser.parse_known_args(argv)
     given = vars(known)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
-        raise ValueError(f"unknown argument {unknown[0]!r}; "
-                         + (f"did you mean {near[0]}? " if near else "")
-                         + f"`{parser.prog} --help` lists every flag")
+        near = (nearest(unknown[0].split("=")[0], flags) if unknown[0].startswith("-") else
+                "a flag has to stand before it;")
+        raise ValueError(f"unknown argument {unknown[0]!r}; {near}{' ' * bool(near)}"
+                         f"`{parser.prog} --help` lists every flag")
     found = settings(**given)       # what was left out takes the dataclass's own default
     found.given = set(given)
     check(found)
@@ -123,10 +140,13 @@ def run_program(main, saving_flags="a smaller --batch-size"):
     """Call `main()` as a program, which ends with the status that it returns; None is 0.
 
     A user's mistake is one line on stderr and exit status 2; so is a lack of memory, with the flags
-    that save some. Anything else, as a mistake of our own or of a package, is one line too, with
-    status 70 and how to see where it comes from. Standard output is UTF-8, as every file is:
-    another encoding may lack a letter of what is said after hours.
+    that save some. Nothing is said where the reader of the output has gone. Anything else, as a
+    mistake of our own or of a package, is one line too, with status 70 and how to see where it
+    comes from. Standard output is UTF-8, as every file is: another encoding may lack a letter of
+    what is said after hours.
     """
+    if signal.getsignal(signal.SIGINT) is leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if isinstance(sys.stdout, io.TextIOWrapper):        # a notebook's is not, and takes every text
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
@@ -140,12 +160,14 @@ def run_program(main, saving_flags="a smaller --batch-size"):
         # Of all files only these have no name of their own in their errors.
         unnamed = isinstance(error, OSError) and error.errno and error.filename is None
         where = "standard input or output: " if unnamed else ""
-        print(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr)
+        enough = isinstance(error, BrokenPipeError)     # says who reads our output, as `head`
+        if not enough:
+            print(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr)
         try:
             sys.stdout.flush()
         except OSError:         # Python would try it again at the very end, and change the status
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(2)
+        sys.exit(141 if enough else 2)      # 128 + SIGPIPE
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + (error.args or (signal.SIGINT,))[0])

@@ -64,9 +64,11 @@ def typed_lines(prompt, what):
     """The lines that are typed, one by one, until Ctrl-D; a blank one is passed over.
 
     On a terminal there are arrows and a history, it is said first `what` to type, and `quit` ends
-    it too. What comes through a pipe is taken as it is, and the prompt goes to standard error.
+    it too. What comes through a pipe is taken as it is, without a prompt; where somebody types and
+    the output is a file, the prompt goes to standard error.
     """
-    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    typing = sys.stdin.isatty()
+    terminal = typing and sys.stdout.isatty()
     if terminal:
         with contextlib.suppress(ImportError):      # not on every system; then without arrows
             import readline  # noqa: F401  input() finds it
@@ -74,7 +76,7 @@ def typed_lines(prompt, what):
               "Ctrl-D ends", file=sys.stderr)
     try:
         while True:
-            if not terminal:
+            if typing and not terminal:
                 print(prompt, end="", file=sys.stderr, flush=True)
             # On a terminal input() has to know the prompt: an arrow draws the line again.
             line = input(prompt if terminal else "").strip()
@@ -83,4 +85,5 @@ def typed_lines(prompt, what):
             if line:
                 yield line
     except EOFError:
-        print(file=sys.stderr)          # what comes next begins on a line of its own
+        if typing:
+            print(file=sys.stderr)      # what comes next begins on a line of its own

@@ -1,7 +1,10 @@
 """The cartridge: what the prefix studies is what the model said with the sheet in sight."""
 import random
+import subprocess
+import sys
 
 import torch
+from conftest import ROOT
 from torch.nn import functional as F
 
 from prefix import Prefix
@@ -33,3 +36,10 @@ def test_a_prefix_studies_what_the_model_says_with_the_sheet():
     learner.initialize(model.prefix_from_tokens(sheets[0][:5]))
     study(model, learner, talks, steps=20, batch_size=4)
     assert distance(learner.fold()) < 0.5 * distance()
+
+
+def test_help_does_not_begin_to_learn():
+    """Would catch: minutes of work for who asks what a program does."""
+    done = subprocess.run([sys.executable, "-m", "scripts.cartridge", "--help"], cwd=ROOT,
+                          text=True, capture_output=True, timeout=60)
+    assert done.stdout.startswith("usage: python -m scripts.cartridge") and not done.returncode

@@ -14,7 +14,7 @@ from model import ExplicitAttention, attend, attention_mask
 from prefix import tensors_of
 from scripts import draw, draw_claims
 from scripts.attention_shares import RecordedAttention, attention_shares
-from scripts.drawing import save_picture
+from scripts.drawing import save_pictures
 
 MODELS = {"gpt2": random_gpt2, "llama": random_llama, "bart": random_bart}
 VOID = {"meta", "img", "br"}
@@ -192,13 +192,14 @@ def test_without_matplotlib_the_rest_is_done_and_it_is_said(runs, tmp_path, monk
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     draw.main([str(runs["gpt2"]), "--examples", "2", "--device", "cpu", "--max-new-tokens", "20"])
-    assert "pip install matplotlib" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.count("matplotlib, so") == err.count("pip install matplotlib") == 1
+    assert "loss.png" in err and "lambda.png" in err
     found = Page((runs["gpt2"] / "page.html").read_text("utf-8"))
     assert not found.links and "λ of the prefix," in " ".join(found.text)
     assert not list(runs["gpt2"].glob("*.png"))
     page = tmp_path / "page.md"
     page.write_text("<!-- claims -->\n<!-- end of claims -->")
     draw_claims.main(["--page", str(page), "--picture", str(tmp_path / "claims.png")])
-    assert "| near | 50 |" in page.read_text() and "claims.png is not drawn" in (
-        capsys.readouterr().err)
-    assert not save_picture(tmp_path / "x.png", draw.draw_losses, [], {})
+    assert "| near | 50 |" in page.read_text() and "claims.png" in capsys.readouterr().err
+    assert not save_pictures({tmp_path / "x.png": (draw.draw_losses, [], {})})

@@ -49,6 +49,8 @@ def test_seen_and_unseen_are_parted_by_topic():
     assert found["seen"] == [0, 2, 4] and found["unseen"] == [1, 3]
     assert found["Airport"] == [0, 4] and found["Artist"] == [1]
     assert evaluate.parts_of("e2e", examples, topics=False) == {"all": [0, 1, 2, 3, 4]}
+    without = [Example("s", ("t",)) for _ in topics]        # no second row that is the first
+    assert evaluate.parts_of("e2e", without, topics=True) == {"all": [0, 1, 2, 3, 4]}
 
 
 def test_no_topic_takes_the_place_of_a_total():

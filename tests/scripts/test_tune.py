@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import re
 import shlex
 import signal
 
@@ -103,6 +104,28 @@ def test_flags_that_tune_decides_are_refused():
     for words in (["--stop-at", "3"], ["--resume", "x"], ["--epochs", "2"], ["--steps", "6"]):
         with pytest.raises(ValueError, match=f"got {words[0]}; expected --steps alone"):
             tune.main(words)
+
+
+def test_help_shows_what_it_takes_and_nothing_else(capsys):
+    """Would catch: train.py's own flags, examples and directory of a run in the help of a search.
+    """
+    with pytest.raises(SystemExit):
+        tune.main(["--help"])
+    out = capsys.readouterr().out
+    assert "--rates" in out and "--dev-pairs" in out and "out/tune-MODEL-DATA" in out
+    for name in ("--epochs", "--dev-every", "--stop-at", "--resume", "train.py --"):
+        assert name not in out
+    examples = re.findall("\n  example: (.*)", out)
+    assert len(examples) >= 6
+    for example in examples:
+        python, m, name, *argv = shlex.split(example)
+        assert (python, m, name) == ("python", "-m", "scripts.tune")
+        given = parse(tune.Settings, argv, "").given
+        assert given and not given & set(tune.OWN[-4:])
+    with pytest.raises(ValueError, match="unknown argument '--stop-a'; .*`python -m scripts.tune "
+                       "--help` lists") as caught:
+        tune.main(["--stop-a", "x"])
+    assert "mean --stop-at" not in str(caught.value)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -128,10 +128,11 @@ def finished(flags, output="output.txt"):
 
 
 def tensors_in(saved, name=""):
-    """{name: tensor or plain value} of whatever torch.save has written, copies of files left out.
+    """{name: tensor or plain value} of whatever torch.save has written, but for copies of files and
+    the settings, which name the directory.
     """
     if isinstance(saved, dict):
-        return {k: v for key, value in saved.items() if key != "files"
+        return {k: v for key, value in saved.items() if key not in ("files", "settings")
                 for k, v in tensors_in(value, f"{name}.{key}").items()}
     if isinstance(saved, (list, tuple)):
         return tensors_in(dict(enumerate(saved)), name)
@@ -155,7 +156,7 @@ def log_of(run):
 def differences(run, reference):
     """What of two finished runs is not the same: tensors, to the bit, and lines of the log."""
     found = []
-    for name in ("resume.pt", *COPIED[1:]):
+    for name in ("resume.pt", *(copy for copy in COPIED if copy.endswith(".pt"))):
         paths = Path(run) / name, Path(reference) / name
         if paths[0].exists() != paths[1].exists():
             found.append(f"{name} is there once")

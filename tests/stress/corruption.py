@@ -29,11 +29,12 @@ from common import (
 )
 from conftest import random_bart, random_gpt2
 
+import train
 from pretrained.checkpoint import load, save
 from pretrained.hugging_face import convert
 from pretrained.load import load_model
 from pretrained.peft_adapter import read_peft, write_peft
-from pretrained.run_directory import load_prefix, load_run, load_state, run_settings
+from pretrained.run_directory import COPIED, load_prefix, load_run, load_state, run_settings
 
 TEXT = "n : 7 | it is, e.g., 9"
 
@@ -65,9 +66,9 @@ def state_and_files(run, saved):
     shutil.rmtree("going-on", ignore_errors=True)
     shutil.copytree(run, "going-on")
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        state = load_state("going-on", saved["fingerprint"], saved["data"])
-    names = ("log.jsonl", "prefix.pt", "model/model.pt")
-    files = {name: (Path("going-on") / name).read_bytes() for name in names
+        settings = train.Settings(**saved["settings"] | {"out": "going-on"})
+        state = load_state(settings, saved["fingerprint"], saved["data"])
+    files = {name: (Path("going-on") / name).read_bytes() for name in COPIED
              if (Path("going-on") / name).exists()}
     return tensors_in(state) | files, "put back" in said.getvalue()
 

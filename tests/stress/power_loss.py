@@ -49,8 +49,8 @@ def tell(writing):
         append_log(directory, **values)
         os.write(writing, f"line {values['step']}\n".encode())
 
-    def save_and_tell(directory, state):
-        save_state(directory, state)
+    def save_and_tell(settings, state):
+        save_state(settings, state)
         os.write(writing, f"state {state['step']}\n".encode())
     run_directory.append_log, run_directory.save_state = append_and_tell, save_and_tell
 

@@ -248,6 +248,29 @@ def save_state(settings, state):
         torch.save(state | {"settings": dataclasses.asdict(settings), "files": copies}, file)
 
 
+def remove_unsaved(directory):
+    """Remove a run that ended before its first saving, if there is one. Raises ValueError while
+    another process writes it.
+    """
+    if Path(directory).exists() and not (Path(directory) / "resume.pt").exists():
+        with files.locked(Path(directory) / ".lock"):
+            shutil.rmtree(directory)
+
+
+def mend(directory):
+    """Put back what of a run is not as it was at its last saving, if there is one, and say so: its
+    log, from which others decide.
+    """
+    path = Path(directory) / "resume.pt"
+    if path.exists():
+        with files.locked(path.with_name(".lock")):
+            try:
+                put_back(directory, read_tensors(path))
+            except UNREADABLE as error:
+                raise ValueError(f"got {path}, which is damaged ({describe(error)}); expected what "
+                                 "train.py wrote there; remove that run") from error
+
+
 def check_settings(state, settings, free):
     """Raise ValueError unless a saved state is of a run with these settings, but for those that are
     `free`.

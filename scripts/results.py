@@ -2,7 +2,7 @@
 import json
 from pathlib import Path
 
-from utils.files import append_lines, atomic_write
+from utils.files import append_lines, atomic_write, lock, make_folder
 
 
 def to_line(row):
@@ -36,6 +36,12 @@ def write_rows(path, rows):
     """Write the whole file, or leave what was there."""
     with atomic_write(path, "w") as file:
         file.writelines(map(to_line, rows))
+
+
+def lock_rows(path):
+    """Be the only process that writes the file, until this one ends; else a ValueError."""
+    make_folder(path.parent)
+    lock(path.with_name(f".{path.stem}.lock"))
 
 
 def append_rows(path, rows):

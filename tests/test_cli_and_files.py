@@ -17,7 +17,7 @@ import torch
 
 import sample
 import train
-from utils.cli import flag, parse, run_program, stop_after_this_step
+from utils.cli import flag, parse, run_child, run_program, stop_after_this_step
 from utils.files import append_lines, atomic_write, download, fetch_file, read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,8 +65,9 @@ def test_what_is_given_has_its_type():
     (["--epochs", "many"], "many"),
     (["--epochs"], "--epochs"),
     (["one", "two"], "two"),
-    (["--method=--"], "got --method []"),
-    (["--epochs=--"], "got --epochs []"),
+    (["--method=--"], "got --method=--; expected a value"),
+    (["--epochs=--"], "got --epochs=--; expected a value"),
+    (["--run=--"], "got --run=--; expected a value"),
     (["--max-new", str(2 ** 63)], "expected a number from 1 to 1,000"),
 ])
 def test_a_wrong_flag_is_one_line_with_the_next_step(argv, words):
@@ -234,6 +235,48 @@ def test_a_terminal_that_closes_ends_the_step_unless_nohup_says_no(monkeypatch):
             assert signals == []
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+STOPPED = """
+import os, sys
+from utils.cli import run_child, run_program
+from utils.files import atomic_write
+
+def main():
+    with atomic_write(sys.argv[1]):
+        run_child([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); "
+                   "time.sleep(60)"])
+run_program(main)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_program_stops_its_child_and_puts_its_files_away(tmp_path, number):
+    """Would catch: a training that goes on alone, an output.tmp that stays, status 2."""
+    run = subprocess.Popen([sys.executable, "-c", STOPPED, tmp_path / "file"], cwd=ROOT, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    child = int(run.stdout.readline())
+    assert len(list(tmp_path.iterdir())) == 1
+    run.send_signal(number)
+    assert run.wait(20) == 128 + number and not list(tmp_path.iterdir())
+    run.stdout.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no os.wait4")
+def test_a_child_that_was_stopped_is_no_failure():
+    """Would catch: 143 that becomes an error, "mend that", where somebody has stopped it."""
+    def child(end):
+        return run_child([sys.executable, "-c", f"import os, sys; {end}"])
+    assert child("sys.exit(0)").ru_maxrss > 0
+    for end in ("sys.exit(143)", "os.kill(os.getpid(), 15)"):
+        with pytest.raises(KeyboardInterrupt) as caught:
+            child(end)
+        assert caught.value.args == (signal.SIGTERM,)
+    with pytest.raises(ValueError, match="ended with 3; its message stands above"):
+        child("sys.exit(3)")
 
 
 # ---- whole files

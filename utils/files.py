@@ -113,12 +113,12 @@ def lock(path):
     """Take the lock file `path` for as long as this process lives; readers need none.
 
     Raises ValueError where another process has it. Windows has no such lock, some network file
-    systems neither: there it is only said.
+    systems neither: there it is only said. Returns the file's number: closing it frees the lock.
     """
     number = None
     try:
         import fcntl
-        number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)   # never closed: that would free it
+        number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (ImportError, OSError) as error:
         # Of `open` EACCES says another thing: that the file is somebody else's.
@@ -127,6 +127,18 @@ def lock(path):
                              "for its end, or choose another directory") from error
         print(f"{path}: no lock can be held here ({error}); start no second process on it",
               file=sys.stderr)
+    return number
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Hold the lock file `path` for a while: see `lock`."""
+    number = lock(path)
+    try:
+        yield
+    finally:
+        if number is not None:
+            os.close(number)
 
 
 # ---- reading

@@ -17,8 +17,18 @@ import torch
 
 import sample
 import train
+from data.tokenizer import byte_level_bpe
+from pretrained.hub import declared_sha256
 from utils.cli import flag, parse, run_child, run_program, stop_after_this_step
-from utils.files import append_lines, atomic_write, download, fetch_file, read_json, write_json
+from utils.files import (
+    append_lines,
+    atomic_write,
+    download,
+    fetch_bytes,
+    fetch_file,
+    read_json,
+    write_json,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -408,6 +418,13 @@ BODY = bytes(range(256)) * (12 << 10)    # 3 MiB, so more than one piece
 DIGEST = hashlib.sha256(BODY).hexdigest()
 
 
+# What never becomes a body: headers, a chunk's length, provisional answers, a byte each 0.02 s.
+DRIPPING = {
+    "/header": ["HTTP/1.1 200 OK\r\nX: ", *500 * "x"],
+    "/chunk-size": ["HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", *500 * "0"],
+    "/continue": 500 * ["HTTP/1.1 100 Continue\r\n", "\r\n"]}
+
+
 class Server(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/missing":
@@ -417,6 +434,13 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", "/whole")
             self.send_header("X-Linked-ETag", f'"{"0" * 64}"')
             self.end_headers()
+        elif self.path in DRIPPING:
+            try:
+                for line in DRIPPING[self.path]:
+                    self.wfile.write(line.encode())
+                    time.sleep(0.02)
+            except OSError:                                 # the client has gone
+                return
         elif self.path == "/silent":
             self.close_connection = True                    # no answer at all
         else:
@@ -436,6 +460,8 @@ class Server(http.server.BaseHTTPRequestHandler):
                 except OSError:                             # the client has gone
                     return
             self.wfile.write(BODY[:1000] if self.path == "/cut" else BODY)
+
+    do_HEAD = do_GET
 
     def log_message(self, *arguments):
         """Say nothing: the tests' output is not the place."""
@@ -494,8 +520,33 @@ def test_a_download_ends(server, tmp_path, monkeypatch):
         monkeypatch.setattr("utils.files.UNCHECKED", len(BODY) // 2)
         with pytest.raises(ValueError, match=f"{page}: got .* expected at most .* a second"):
             download(server + page, tmp_path / "file")
+    for page in DRIPPING:
+        with pytest.raises((ValueError, OSError), match=f"{page}: .*got .* expected at most"):
+            download(server + page, tmp_path / "file")
+    for fetch in (declared_sha256, fetch_bytes):
+        with pytest.raises(OSError, match="got .* bytes in .* expected at most"):
+            fetch(server + "/header")
+    monkeypatch.setattr("utils.files.CHECKED", len(BODY) - 1)
+    with pytest.raises(ValueError, match="/whole: got .* expected at most 3145727"):
+        download(server + "/whole", tmp_path / "file", DIGEST)
     assert not list(tmp_path.iterdir())
-    download(server + "/whole", tmp_path / "file", DIGEST)      # a checksum is limit enough
+    monkeypatch.undo()
+    download(server + "/whole", tmp_path / "file", DIGEST)
+
+
+def test_gpt2s_vocabulary_is_fetched_with_the_same_care(monkeypatch, tmp_path):
+    """Would catch: tiktoken's own download, which waits for ever, without a limit."""
+    asked = []
+
+    def no_connection(url):
+        asked.append(url)
+        raise OSError("no connection")
+    monkeypatch.setattr("data.tokenizer.fetch_bytes", no_connection)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
+    with pytest.raises(OSError, match="could not get GPT-2's vocabulary"):
+        byte_level_bpe(tmp_path)
+    assert len(asked) == 1 and asked[0].startswith("https://")
 
 
 def test_what_is_there_is_fetched_again_if_it_is_damaged(server, tmp_path, capsys):

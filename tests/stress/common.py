@@ -12,6 +12,7 @@ import random
 import shutil
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -169,8 +170,21 @@ def differences(run, reference):
     return found + [f"{path.name} is left" for path in Path(run).rglob("*.tmp")]
 
 
-def end(text, failures):
-    """Print what was found; status 1 where anything was."""
+def wait_for(path, number):
+    """Until the file is there, which the child `number` makes."""
+    deadline = time.monotonic() + 100
+    while not Path(path).exists():
+        if time.monotonic() > deadline or os.waitpid(number, os.WNOHANG)[0]:
+            sys.exit(f"FAILED: {path} never came: {Path('output.txt').read_text()[-300:]}")
+        time.sleep(0.001)
+
+
+def end(text, failures, **counts):
+    """Print what was found; status 1 where anything was, or where one of `counts` is 0: then the
+    harness has not seen what it is there for.
+    """
+    failures = failures + [f"nothing was {name.replace('_', ' ')}" for name, count in counts.items()
+                           if not count]
     for failure in failures[:20]:
         print("FAILED", failure)
     print(f"{text}: {len(failures)} failed")

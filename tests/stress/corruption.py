@@ -13,6 +13,7 @@ import io
 import json
 import random
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -149,7 +150,7 @@ def outcome(read, right):
 
 
 def main():
-    args, failures, rng = parse(__doc__, 200), [], random.Random(0)
+    args, failures, rng, total = parse(__doc__, 200), [], random.Random(0), Counter()
     words = ("refused", "mended", "same", "other", "error")
     with empty_folder() as folder, contextlib.redirect_stderr(io.StringIO()):
         print(f"{args.count} flips in each".ljust(44) + "".join(word.rjust(9) for word in words))
@@ -162,12 +163,13 @@ def main():
                 Path(path).write_bytes(damaged)
                 found = outcome(read, right)
                 counts[found.split(":")[0]] += 1
+                total[found.split(":")[0]] += 1
                 if found.startswith("error") or summed and found == "other":
                     failures.append(f"{path}, bit {place}: {found}")
             Path(path).write_bytes(whole)
             name = f"{Path(path).parent.name}/{Path(path).name}" + ("" if summed else " (no sum)")
             print(name.ljust(44) + "".join(str(counts[word]).rjust(9) for word in words))
-    end("flipped bits", failures)
+    end("flipped bits", failures, refused=total["refused"], mended=total["mended"])
 
 
 if __name__ == "__main__":

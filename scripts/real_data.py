@@ -35,6 +35,7 @@ RATES = {"prefix": (5e-4, 1e-3, 2e-3), "finetune": (3e-5, 1e-4, 3e-4),
          "finetune-top2": (1e-4, 3e-4, 1e-3)}
 SHARED = ("--batch-size", "12", "--share-source", "3", "--warmup", "20", "--dev-pairs", "100")
 LOW = {50: 100, 100: 100, 500: 200}             # pairs to learn from -> steps of 10
+KEYS = ("name", "group")                        # of every line of the results
 GROUPS = ("untrained", "grid", "low-grid", "layers", "low", "main", "length", "webnlg", "scitldr")
 
 
@@ -303,7 +304,7 @@ def main(argv=None):
     make_folder(out)
     lock(out / ".lock")
     lock_rows(results)
-    write_rows(results, read_rows(results))                     # without a line cut by a kill
+    write_rows(results, read_rows(results, KEYS))               # without a line cut by a kill
     while True:
         own = [row for row in read_rows(results) if conditions(settings).items() <= row.items()]
         done = {row["name"] for row in own}

@@ -98,6 +98,15 @@ def test_shards_of_another_size_than_the_index_states_are_said(tmp_path, capsys)
         assert ("they may be of different uploads" in capsys.readouterr().err) == said
 
 
+def test_a_file_is_no_directory_to_write(tmp_path):
+    """Would catch: "[Errno 20]"."""
+    directory = write(tmp_path / "hf", foreign(small()))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="file to write, which is a file; expected a new"):
+        main([str(directory), "--out", str(tmp_path / "file")])
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_several_beginnings_of_a_text_are_refused(tmp_path):
     """Would catch: a list in the place of a token, and a traceback in the middle of decoding."""
     directory = write(tmp_path / "hf", foreign(small()), bos_token_id=[1, 2])

@@ -24,7 +24,8 @@ def read_rows(path, keys=()):
                 raise TypeError("a value that is no object, or of another program")
             rows.append(row)
         except (ValueError, TypeError) as error:
-            if number == len(lines) and line.startswith(b"{"):
+            cut = isinstance(error, ValueError) and line.startswith(b"{")
+            if number == len(lines) and cut:
                 break
             needed = f" with {', '.join(keys)}" if keys else ""
             raise ValueError(f"got {path}, a line of which is no JSON object{needed} "

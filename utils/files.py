@@ -292,7 +292,7 @@ def open_url(request, *handlers):
     try:
         return opener.open(request, timeout=PATIENCE)       # seconds without a single byte
     except http.client.HTTPException as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error
+        raise OSError(str(error)) from error
 
 
 def _chunks(reply, url, most):

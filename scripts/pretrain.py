@@ -289,9 +289,16 @@ def ignore_signals(worker):
 
 
 def write_log(model, tokenizer, settings, probe, done, losses, seconds):
+    """Add a line to the log. Raises ValueError where the run has run away: the loss is that before
+    the last update, the probe's are those behind it.
+    """
     row = {"step": done, "tokens": done * settings.rows * settings.context * settings.processes,
            "loss": round(torch.stack(losses).mean().item(), 4), **probe(model, tokenizer),
            "seconds": round(seconds)}
+    if not all(map(math.isfinite, row.values())):
+        raise ValueError(f"got a loss of {row['loss']} by step {done} ({row}), expected finite "
+                         "numbers; what was there before is untouched; begin again in "
+                         "another --out with a lower --lr or --matrix-lr")
     append_log(settings.out, **row)
     print(json.dumps(row), flush=True)
 
@@ -332,15 +339,11 @@ def pretrain(rank, settings, meeting=None, told=None):
             done, stopped = step + 1, stopped_by(signals, told)
             last = stopped or done == stop
             seconds = before + time.perf_counter() - began
-            written = first and (last or done % min(s.probe_every, s.save_every) == 0)
-            if written and not mean.isfinite():
-                raise ValueError(f"got a loss of {mean.item()} by step {done}, expected a finite "
-                                 "number; what was there before is untouched; begin again in "
-                                 "another --out with a lower --lr or --matrix-lr")
-            if first and (last or done % s.probe_every == 0):
+            saved = first and (last or done % s.save_every == 0)
+            if saved or first and done % s.probe_every == 0:
                 write_log(model, tokenizer, s, probe, done, losses, seconds)
                 losses = []
-            if first and (last or done % s.save_every == 0):
+            if saved:
                 save_state(s, {"model": model.state_dict(), "step": done, "seconds": seconds,
                                "vocabulary": vocabulary_sums(s.out),
                                "optimizers": [one.state_dict() for one in optimizers]})

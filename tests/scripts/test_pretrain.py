@@ -244,6 +244,21 @@ def test_a_pre_training_that_runs_away_leaves_the_model_alone(directory, rate, w
     assert (directory / "w" / "model.pt").read_bytes() == before
 
 
+def test_a_step_that_runs_away_is_not_saved(directory, monkeypatch):
+    """Catches a look at the loss alone, which is that before the last update."""
+    train_step = pretrain.train_step
+
+    def runaway(model, *given):
+        mean = train_step(model, *given)
+        model.wte.weight.data *= 1e38           # finite, but its logits are not
+        return mean
+    monkeypatch.setattr(pretrain, "train_step", runaway)
+    with pytest.raises(ValueError, match="got a loss of .* by step 1 .*lower --lr"):
+        train(directory, "--stop-at", "1")
+    assert not (directory / "run" / "resume.pt").exists()
+    assert (directory / "run" / "log.jsonl").read_text().count("\n") == 1
+
+
 def test_weights_that_are_none_replace_nothing(directory):
     """Catches: the tokenizer and the log of a good model replaced before its weights are refused;
     1e5 is a number in 32 bits, and none in 16.

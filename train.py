@@ -201,12 +201,12 @@ class Trainer:
         return total
 
     @torch.no_grad()
-    def dev_loss(self, prefix=None):
-        """-log p of a target token, averaged over the dev set; prefix: another than is learned."""
+    def dev_loss(self, prefix=None, n=None):
+        """-log p of a target token, averaged over the dev set, or over n batches of it."""
         loss = self.loss if prefix is None else target_loss     # a compiled one is of one length
         prefix = (self.learner.fold() if prefix is None else prefix).to(self.model.dtype)
-        losses = [loss(self.model, prefix, batch.to(self.model.device)) for batch in self.dev]
-        return sum(torch.stack(losses).tolist()) / sum(batch.n_labels for batch in self.dev)
+        losses = [loss(self.model, prefix, batch.to(self.model.device)) for batch in self.dev[:n]]
+        return sum(torch.stack(losses).tolist()) / sum(batch.n_labels for batch in self.dev[:n])
 
     def evaluate(self):
         """The dev loss now. Saves what learns, if it is the best so far, and the whole state.
@@ -235,14 +235,14 @@ class Trainer:
         run_directory.append_log(self.settings.out, step=self.step, **values)
 
     def save(self):
-        run_directory.save_state(self.settings.out, {
+        run_directory.save_state(self.settings, {
             "fingerprint": self.model.fingerprint, "data": self.data, "step": self.step,
             "best": self.best_loss, "first": self.first_loss,
             **{name: getattr(self, name).state_dict() for name in self.with_state}})
 
     def restore(self):
         """Go back to the last saved step."""
-        state = run_directory.load_state(self.settings.out, self.model.fingerprint, self.data)
+        state = run_directory.load_state(self.settings, self.model.fingerprint, self.data)
         for name in self.with_state:
             getattr(self, name).load_state_dict(state[name])
         self.step, self.best_loss, self.first_loss = state["step"], state["best"], state["first"]
@@ -260,7 +260,7 @@ def train(trainer):
         dev_loss = trainer.evaluate() if trainer.first_loss is None else trainer.best_loss
         while trainer.step < s.steps:
             if signals or 0 < s.stop_at <= trainer.step:
-                trainer.check_finite(float(loss))       # never save a state that is lost
+                trainer.check_finite(trainer.dev_loss(n=1))        # never save what is lost
                 trainer.save()
                 return signals[0] if signals else 0
             if epoch != trainer.step // per_epoch:

@@ -14,9 +14,10 @@ import base64
 from pathlib import Path
 
 import tiktoken
+import tiktoken.load
 
 from data.example import check_blanks
-from utils.files import read_json_object, read_whole
+from utils.files import fetch_bytes, read_json_object, read_whole
 
 # How GPT-2 cuts text before bytes are merged: 's, 't and so on; runs of letters, of digits, of
 # other signs, each with one blank before it; then the other blanks.
@@ -215,6 +216,7 @@ def byte_level_bpe(directory):
         ranks = read_ranks(path)
         return tiktoken.Encoding(str(path), pat_str=GPT2_SPLIT, mergeable_ranks=ranks,
                                  special_tokens={END_OF_TEXT: len(ranks)})
+    tiktoken.load.read_file = fetch_bytes       # its own would wait for ever; it compares the sum
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:      # no connection; or a file with a wrong digest

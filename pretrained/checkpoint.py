@@ -6,7 +6,6 @@ which classes a model has (architectures.py), other people's files (hugging_face
 """
 import dataclasses
 import hashlib
-import itertools
 import os
 import pickle
 import zipfile
@@ -68,6 +67,12 @@ def check_finite(tensors, source):
                              "numbers; fetch it again, or train it again with a lower lr")
 
 
+def vocabulary_sums(directory):
+    """{name: SHA-256} of the files of the vocabulary in a directory."""
+    return {name: sha256_of(Path(directory) / name) for name in OWN_FILES
+            if (Path(directory) / name).exists()}
+
+
 def save(model, directory, again=False):
     """Write DIRECTORY/config.json and DIRECTORY/model.pt, each whole or not at all.
 
@@ -81,40 +86,48 @@ def save(model, directory, again=False):
     about = {"architecture": model.architecture, "config": dataclasses.asdict(model.config),
              "generation_config": model.generation_config}
     if not again:
-        files = [name for name in OWN_FILES if (directory / name).exists()]
-        about |= {"fingerprint": fingerprint(model),
-                  "files": {name: sha256_of(directory / name) for name in files}}
+        about |= {"fingerprint": fingerprint(model), "files": vocabulary_sums(directory)}
     with atomic_write(directory / "model.pt") as file:
         torch.save(state, file)
-        if not again:
+        if not again or not config.exists():
             file.flush()                # what was there before is needed where the disk is full
             os.fsync(file.fileno())
-            # Without its config.json the directory is no model: a kill between the two files cannot
-            # leave new weights under an old fingerprint.
-            config.unlink(missing_ok=True)
-    if not again or not config.exists():
-        write_json(config, about)       # last: then all is complete
+            # First: a kill between the two leaves a fingerprint that the old weights do not have,
+            # and never new weights under an old config.json.
+            write_json(config, about)
 
 
-def load(directory, device="cpu", dtype=torch.float32):
+def frame(directory):
+    """(the model in `directory` without numbers, what its config.json says); one of UNREADABLE."""
+    about = read_json(directory / "config.json")
+    classes = architecture(about["architecture"])
+    config, generation = classes.config(**about["config"]), about.get("generation_config", {})
+    check_config(config, directory / "config.json")
+    for name, value in generation.items():
+        # Several tokens may end a text; whatever else is one token.
+        several = isinstance(value, list) and name == "eos_token_id"
+        for token in value if several else [value]:
+            if type(token) is not int or not 0 <= token < config.vocab_size:
+                raise ValueError(f"its generation_config has {name} = {value!r:.60}")
+    with torch.device("meta"):              # no numbers yet: they come from a file, without a copy
+        model = classes.model(config)
+    model.generation_config = generation
+    return model, about
+
+
+def load(directory, device="cpu", dtype=torch.float32, named=False):
     """The frozen model in DIRECTORY: every weight has requires_grad False.
 
+    named: as far as config.json describes it, without numbers where that names their fingerprint.
     Raises ValueError where the directory does not hold a model written by `save`.
     """
     directory = Path(directory)
     try:
-        about = read_json(directory / "config.json")
-        classes = architecture(about["architecture"])
-        config, generation = classes.config(**about["config"]), about.get("generation_config", {})
-        check_config(config, directory / "config.json")
-        for token in itertools.chain(*(value if isinstance(value, list) else [value]
-                                       for value in generation.values())):
-            if type(token) is not int or not 0 <= token < config.vocab_size:
-                raise ValueError(f"its generation_config has the token {token!r:.60}")
-        state = read_tensors(directory / "model.pt")
-        with torch.device("meta"):         # no numbers yet: they come from the file, without a copy
-            model = classes.model(config)
-        model.load_state_dict(state, assign=True)
+        model, about = frame(directory)
+        if named and "fingerprint" in about:
+            model.fingerprint = about["fingerprint"]
+            return model
+        model.load_state_dict(read_tensors(directory / "model.pt"), assign=True)
         model.fingerprint = fingerprint(model)
         if about.get("fingerprint", model.fingerprint) != model.fingerprint:
             raise ValueError("model.pt holds other weights than config.json names")
@@ -124,19 +137,20 @@ def load(directory, device="cpu", dtype=torch.float32):
     except UNREADABLE as error:
         raise ValueError(f"got {directory}, whose files do not fit ({describe(error)}); expected "
                          "what `python -m pretrained.convert` writes; make it again") from error
-    model.generation_config = generation
     model = model.to(device, dtype).requires_grad_(False).eval()
     check_finite(model.state_dict(), directory)
     return model
 
 
 def check_vocabulary(directory):
-    """Raise ValueError where a file of the vocabulary is not the one that `save` found there."""
-    directory = Path(directory)
+    """Raise ValueError unless the files of the vocabulary are those that `save` found there."""
     try:
-        for name, digest in read_json(directory / "config.json").get("files", {}).items():
-            if name in OWN_FILES and sha256_of(directory / name) != digest:
-                raise ValueError(f"{name} has another SHA-256 than config.json names")
+        listed = read_json(Path(directory) / "config.json").get("files")
+        found = vocabulary_sums(directory)
+        for name in OWN_FILES:
+            if listed is not None and listed.get(name) != found.get(name):
+                raise ValueError(f"{name} has another SHA-256 than config.json names"
+                                 if name in listed else f"config.json names no {name}")
     except UNREADABLE as error:
         raise ValueError(f"got {directory}, whose vocabulary is not that of its model "
                          f"({describe(error)}); expected the files that `python -m "

@@ -63,6 +63,9 @@ def main(argv=None):
     if source and Path(source).resolve() == out.resolve():
         raise ValueError(f"got {out} to read and to write; expected two directories, for both have "
                          "a config.json; choose another one with --out")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"got {out} to write, which is a file; expected a new directory; choose "
+                         "another one with --out")
     # Anything that is there could be another model's, as an old tokenizer; hf is of an earlier try.
     there = sorted(path.name for path in out.iterdir() if path.name != "hf") if out.exists() else []
     if there:

@@ -3,7 +3,6 @@
 Not here: what a checkpoint holds (hugging_face.py).
 """
 import contextlib
-import http.client
 import importlib.util
 import re
 import shutil
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from pretrained.architectures import architecture
 from pretrained.hugging_face import convert, read_object, shards_of
-from utils.files import download, fetch_file
+from utils.files import download, fetch_file, open_url
 
 HUB = "https://huggingface.co"
 # Where each name lives: repository and commit. A commit, not "main", so that everybody gets the
@@ -65,7 +64,7 @@ def declared_sha256(url):
     """
     try:
         request = urllib.request.Request(url, method="HEAD")
-        with urllib.request.build_opener(_StopAtSum).open(request, timeout=60) as reply:
+        with open_url(request, _StopAtSum) as reply:
             return _declared(reply.headers)
     except urllib.error.HTTPError as reply:
         if reply.code < 400:
@@ -73,7 +72,7 @@ def declared_sha256(url):
         kind = FileNotFoundError if reply.code == 404 else OSError
         raise kind(f"could not ask {url} for its checksum: {reply}; check the name, try again "
                    "later, or convert a directory") from reply
-    except (OSError, http.client.HTTPException) as error:       # URLError is an OSError
+    except OSError as error:                # URLError is one
         raise OSError(f"could not reach {url}: {getattr(error, 'reason', error)}; check the "
                       "connection, or download the files elsewhere and convert their directory"
                       ) from error

@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import pickle
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def generation_config(both, vocab_size, path):
     kept = {}
     for name in GENERATION:
         value = both.get(name)
-        listed = value if isinstance(value, list) else [value]
+        listed = value if isinstance(value, list) and name == "eos_token_id" else [value]
         tokens = [token for token in listed if type(token) is int and 0 <= token < vocab_size]
         if value is not None and not (listed and all(type(token) is int for token in listed)):
             raise ValueError(f"got {path} with {name} = {value!r:.60}; expected a token below "
@@ -108,8 +109,22 @@ def shards_of(index):
                          "names of files; delete it and download it again") from error
 
 
+def check_total(index, state):
+    """Say on stderr where the shards that were read are not as large as their index.json states.
+
+    No error: many an upload has another dtype than when its index was written.
+    """
+    metadata = read_json_object(index).get("metadata")
+    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
+    # Tied weights may stand there twice, and are counted once.
+    found = {tensor.data_ptr(): tensor.nbytes for tensor in state.values()}
+    if stated is not None and stated != sum(found.values()):
+        print(f"{index} states {stated!r:.60} bytes of weights, its files have "
+              f"{sum(found.values())}: they may be of different uploads", file=sys.stderr)
+
+
 def weight_files(directory):
-    """The files that hold the weights: one, or the several of a checkpoint cut into shards."""
+    """The files that hold the weights: one, or an index.json and the shards that it names."""
     names = ["model.safetensors", "pytorch_model.bin"]
     if importlib.util.find_spec("safetensors") is None:
         there = [*directory.glob("model.safetensors*")]
@@ -122,7 +137,7 @@ def weight_files(directory):
         if (directory / name).exists():
             return [directory / name]
         if index.exists():
-            return [directory / shard for shard in shards_of(index)]
+            return [index, *(directory / shard for shard in shards_of(index))]
     raise ValueError(f"got {directory}, which has no weights; expected model.safetensors or "
                      "pytorch_model.bin; download one of them from the model's page")
 
@@ -234,8 +249,11 @@ def read_checkpoint(directory):
     with torch.device("meta"):
         model = classes.model(config)
     model.generation_config = generation_config(both, config.vocab_size, path)
-    for file in weight_files(directory):
+    first, *shards = weight_files(directory)
+    for file in shards or [first]:
         theirs |= read_file(file)
+    if shards:
+        check_total(first, theirs)
     ours = rename(theirs, model, classes, directory)
     check_names(ours, model, directory)
     return model, ours

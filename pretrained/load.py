@@ -92,11 +92,12 @@ def fingerprint_of(model, tokenizer):
     return digest.hexdigest()[:16]
 
 
-def load_model(name, device, dtype, weights=None):
+def load_model(name, device, dtype, weights=None, base=None):
     """The frozen model called `name` and its tokenizer, on the device asked for.
 
-    weights: another directory for the numbers, of a fine-tuned model; the tokenizer stays. Raises
-    ValueError where the two do not fit each other.
+    weights: another directory for the numbers, of a fine-tuned model; the tokenizer stays. base:
+    then the fingerprint of the model that was tuned, None where it is not known. Raises ValueError
+    where these do not fit each other.
     """
     directory = find_model(name)
     model = load(weights or directory, *decide_device(device, dtype))
@@ -108,5 +109,10 @@ def load_model(name, device, dtype, weights=None):
                          f"{model.config.vocab_size} tokens; expected {', '.join(OWN_FILES)} as "
                          "they stood beside the model that it was made of; copy what was there, "
                          "delete what was not")
+    if weights and base:
+        now = fingerprint_of(load(directory, named=True), tokenizer)
+        if now != base:
+            raise ValueError(f"got {weights}, tuned from the model {base!r}; expected {directory} "
+                             f"to be that one, not {now!r}; put back the one it was tuned from")
     model.fingerprint = fingerprint_of(model, tokenizer)
     return model, tokenizer

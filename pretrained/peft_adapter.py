@@ -52,9 +52,9 @@ def write_peft(run, out):
     if not (Path(run) / "prefix.pt").exists():
         raise ValueError(f"got {run}, which has no prefix.pt; expected a run of train.py that "
                          "learned a prefix; choose another")
-    if Path(out).exists() and any(Path(out).iterdir()):
-        raise ValueError(f"got --to-peft {out}, which is not empty; expected a new directory; "
-                         "choose another")
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise ValueError(f"got --to-peft {out}, which is not empty, or a file; expected a new "
+                         "directory; choose another")
     model, _, prefix = load_run(run, "cpu", "fp32")
     check_one_prefix(model, run)
     L, _, _, H, P, D = prefix.shape

@@ -34,7 +34,9 @@ from utils.files import append_lines, atomic_write, read_json, write_json
 FORMAT = "prefix-tuning 1"
 ROOT = Path(__file__).parent.parent
 # What resume.pt has a copy of.
-COPIED = ("log.jsonl", "prefix.pt", "model/model.pt")
+COPIED = ("log.jsonl", "prefix.pt", "model/model.pt", "model/config.json")
+# Settings of train.py that may be others when a run goes on.
+FREE = {"out", "resume", "device", "stop_at"}
 # The settings of a run that other programs read, with their types.
 READ = {"model": (str,), "data": (str,), "data_dir": (str,), "source_key": (str,),
         "target_key": (str,), "max_source": (int, type(None))}
@@ -166,9 +168,10 @@ def load_run(directory, device, dtype):
     fine-tuned model with an empty one.
     """
     weights = Path(directory) / "model"
-    model, tokenizer = load_model(run_settings(directory)["model"], device, dtype,
-                                  weights=weights if weights.exists() else None)
-    if weights.exists():
+    weights = weights if weights.exists() else None
+    model, tokenizer = load_model(run_settings(directory)["model"], device, dtype, weights,
+                                  read_json(Path(directory) / "config.json").get("fingerprint"))
+    if weights:
         return model, tokenizer, model.empty_prefix()
     return model, tokenizer, load_prefix(Path(directory) / "prefix.pt", model)
 
@@ -236,15 +239,52 @@ def append_log(directory, **values):
     append_lines(Path(directory) / "log.jsonl", [json.dumps(values) + "\n"])
 
 
-def save_state(directory, state):
-    """Write resume.pt: `state`, a dictionary of what torch.load reads without running code, and a
-    copy of the run's other files as they are now.
+def save_state(settings, state):
+    """Write resume.pt: `state`, a dictionary of what torch.load reads without running code, the
+    settings, and a copy of the run's other files as they are now.
+
+    Raises ValueError for weights with NaN or infinity; the last good state stays.
     """
-    directory = Path(directory)
+    directory = Path(settings.out)
+    check_finite(state.get("learner", state.get("model", {})), directory / "resume.pt")
     copies = {name: torch.from_numpy(numpy.memmap(directory / name, numpy.uint8, "c"))
               for name in COPIED if (directory / name).exists()}
     with atomic_write(directory / "resume.pt") as file:
-        torch.save(state | {"files": copies}, file)
+        torch.save(state | {"settings": dataclasses.asdict(settings), "files": copies}, file)
+
+
+def remove_unsaved(directory):
+    """Remove a run that ended before its first saving, if there is one. Raises ValueError while
+    another process writes it.
+    """
+    if Path(directory).exists() and not (Path(directory) / "resume.pt").exists():
+        with files.locked(Path(directory) / ".lock"):
+            shutil.rmtree(directory)
+
+
+def mend(directory):
+    """Put back what of a run is not as it was at its last saving, if there is one, and say so: its
+    log, from which others decide.
+    """
+    path = Path(directory) / "resume.pt"
+    if path.exists():
+        with files.locked(path.with_name(".lock")):
+            try:
+                put_back(directory, read_tensors(path))
+            except UNREADABLE as error:
+                raise ValueError(f"got {path}, which is damaged ({describe(error)}); expected what "
+                                 "train.py wrote there; remove that run") from error
+
+
+def check_settings(state, settings, free):
+    """Raise ValueError unless a saved state is of a run with these settings, but for those that are
+    `free`.
+    """
+    theirs, ours = state["settings"], dataclasses.asdict(settings)
+    other = [f"--{name.replace('_', '-')} {theirs.get(name)}" for name in theirs | ours
+             if name not in free and theirs.get(name) != ours.get(name)]
+    if other:
+        raise ValueError(f"it is of a run with {' '.join(other)}")
 
 
 def put_back(directory, state):
@@ -269,22 +309,24 @@ def put_back(directory, state):
     files.remove_temporaries(Path(directory) / "resume.pt")
 
 
-def load_state(directory, fingerprint, data):
+def load_state(settings, fingerprint, data):
     """What `save_state` wrote last; the run's other files are put back as they were then.
 
-    fingerprint, data: names of the model's weights and of the pairs. Raises ValueError where they
-    are not those of the state, for it would make no sense to go on.
+    fingerprint, data: names of the model's weights and of the pairs. Raises ValueError where these
+    or the settings are not those of the state, for it would make no sense to go on.
     """
-    path = Path(directory) / "resume.pt"
-    files.lock(Path(directory) / ".lock")
+    directory = Path(settings.out)
+    path = directory / "resume.pt"
+    files.lock(directory / ".lock")
     try:
         # On the CPU AdamW counts its steps; on a GPU every step would wait for that number.
         state = read_tensors(path)
+        check_settings(state, settings, FREE)
         if state["fingerprint"] != fingerprint:
             raise ValueError("it was trained with other weights of the model")
         if state["data"] != data:
             raise ValueError("the data or its tokens have changed since")
-        before = read_json(Path(directory) / "config.json").get("environment", environment())
+        before = read_json(directory / "config.json").get("environment", environment())
     except UNREADABLE as error:
         raise ValueError(f"got {path}, which cannot be resumed ({describe(error)}); expected what "
                          "train.py wrote there; start a new run") from error

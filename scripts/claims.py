@@ -14,6 +14,7 @@ import io
 import multiprocessing
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ import sample
 from data.toy_world import tables
 from scripts import draw_claims
 from scripts.draw_claims import SMALL, TINY, TUNED
-from scripts.results import append_rows, read_rows, write_rows
+from scripts.results import append_rows, lock_rows, read_rows, write_rows
 from scripts.scores import DEFAULT, sacrebleu_scores
 from utils.cli import flag, parse, run_program
 from utils.terminal import progress
@@ -127,11 +128,12 @@ def cpu_seconds():
     return times.user + times.system + times.children_user + times.children_system
 
 
-def carry_out(job):
-    """Train, decode, score: the line of the results file."""
+def carry_out(job, place=None):
+    """Train, decode, score: the line of the results file. place: a directory for what is between.
+    """
     torch.set_num_threads(1)
     before = cpu_seconds()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=place) as folder:
         data = "world" if job["style"] == "near" else "world-hard"
         if job["references"] == "one":
             data = one_writers_tables(job["style"], folder)
@@ -150,6 +152,16 @@ def carry_out(job):
                   "cpu_seconds": round(cpu_seconds() - before, 1)} | found
 
 
+def stop(pool):
+    """End the processes of the pool and what they have started."""
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in multiprocessing.active_children():
+        if hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError):       # not yet a group
+                os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+
+
 def main(argv=None):
     settings = parse(Settings, argv, "Test the paper's three claims on the bundled model.")
     unknown = {*settings.styles} - {*PLAN} or {*settings.sizes} - {*STEPS}
@@ -157,17 +169,24 @@ def main(argv=None):
         raise ValueError(f"got {sorted(unknown)}; expected --styles of {', '.join(PLAN)} and "
                          f"--sizes of {', '.join(map(str, STEPS))}")
     results, jobs = Path(settings.results), plan(settings)
+    lock_rows(results)
     done = read_rows(results)
     jobs = [job for job in jobs if not any(job.items() <= row.items() for row in done)]
     write_rows(results, done)                                   # without a line cut by a kill
     about = {"date": f"{datetime.date.today()}", "torch": torch.__version__,
              "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
-    with concurrent.futures.ProcessPoolExecutor(settings.jobs or os.cpu_count(),
-                                                multiprocessing.get_context("spawn")) as pool:
-        waiting = [pool.submit(carry_out, job) for job in jobs]
-        finished = concurrent.futures.as_completed(waiting)
-        for future in progress(finished, total=len(jobs), unit="run"):
-            append_rows(results, [future.result() | about])
+    # Each with its training in a process group of its own, which is stopped as a whole.
+    with tempfile.TemporaryDirectory() as place, concurrent.futures.ProcessPoolExecutor(
+            settings.jobs or os.cpu_count(), multiprocessing.get_context("spawn"),
+            getattr(os, "setpgrp", None)) as pool:              # Windows has none
+        try:
+            waiting = [pool.submit(carry_out, job, place) for job in jobs]
+            finished = concurrent.futures.as_completed(waiting)
+            for future in progress(finished, total=len(jobs), unit="run"):
+                append_rows(results, [future.result() | about])
+        except BaseException:
+            stop(pool)
+            raise
     if not settings.no_picture:
         draw_claims.main(["--results", str(results)])
 

@@ -41,6 +41,9 @@ WHY = {
 }
 
 
+KEYS = ("model", "references", "test_seed", "tables", "style", "size", "method", "lr", "seed")
+
+
 class Results:
     """The rows of one model and one kind of references, by setting."""
 
@@ -179,7 +182,8 @@ class Settings:
 
 def main(argv=None):
     settings = parse(Settings, argv, "Draw the picture and the table of the paper's claims.")
-    results = Results([row for row in read_rows(settings.results) if row["model"] == "tiny-gpt2"
+    results = Results([row for row in read_rows(settings.results, KEYS)
+                       if row["model"] == "tiny-gpt2"
                        and row["references"] == "varied" and row["test_seed"] == 1
                        and row["tables"] == 200])
     if missing(results):

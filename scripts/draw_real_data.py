@@ -206,7 +206,7 @@ class Settings:
 
 def main(argv=None):
     settings = parse(Settings, argv, "Draw the claims on real data, and write their tables.")
-    rows = [row for row in read_rows(settings.results)
+    rows = [row for row in read_rows(settings.results, ("name", "model", "limit"))
             if (row["model"], row["limit"]) == (settings.model, 0)]
     if not rows:
         raise ValueError(f"got {settings.results} without runs of {settings.model} on whole test "

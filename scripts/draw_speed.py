@@ -106,7 +106,8 @@ def draw(rows):
 
 
 def main(paths=None, picture="docs/speed.png"):
-    rows = [row for path in (sys.argv[1:] if paths is None else paths) for row in read_rows(path)]
+    rows = [row for path in (sys.argv[1:] if paths is None else paths)
+            for row in read_rows(path, ("machine", "measure", "dtype", "what"))]
     if len({row["machine"] for row in rows}) != 1:
         raise ValueError("got no rows, or those of several machines; expected files that "
                          "scripts.bench train and decode wrote on one machine; name them, or "

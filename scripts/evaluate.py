@@ -20,10 +20,10 @@ from data.toy_world import headlines, tables
 from prefix import tensors_of
 from pretrained.load import name_of_dtype
 from pretrained.run_directory import run_settings
-from scripts.results import append_rows, read_rows, write_rows
+from scripts.results import append_rows, lock_rows, read_rows, write_rows
 from scripts.scores import DEFAULT, RULES, score
 from utils.cli import flag, parse, run_program
-from utils.files import atomic_write, lock
+from utils.files import atomic_write
 from utils.terminal import progress
 
 
@@ -200,7 +200,7 @@ def main(argv=None):
         **{name: getattr(settings, name) for name in DECODING}))
     about = description(generator, settings, data)
     path = Path(settings.run) / f"{settings.split}.jsonl"
-    lock(path.with_name(f".{settings.split}.lock"))
+    lock_rows(path)
     outputs = decode(generator, examples, path, about, settings.batch_size)
     scores, missing = {}, {}
     for part, rows in parts_of(data, examples, settings.topics).items():

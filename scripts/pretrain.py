@@ -5,15 +5,17 @@
 
 It stands for the pre-training that the paper takes for granted: its models are GPT-2 and BART. The
 batch of step n is a function of the seed and n, so a run that was stopped goes on with --resume as
-if nothing had happened. Not here: the text (data/toy_world/text.py), what is BART's own
-(pretrain_bart.py), the optimiser of the matrices (muon.py). Letters as in model.py.
+if nothing had happened. Not here: the text (data/toy_world/text.py), what is each model's own
+(pretrain_gpt2.py, pretrain_bart.py), the optimiser of the matrices (muon.py). Letters as in
+model.py.
 """
 import dataclasses
-import itertools
 import json
 import math
-import random
+import os
 import re
+import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,15 +24,22 @@ import torch
 from torch import distributed
 
 from data.tokenizer import load_tokenizer
-from data.toy_world.text import AGAIN, FIRST, document, encode, sheet_then_prose, world_thing
-from model import GPT2, GPT2Config
-from prefix import token_losses
-from pretrained.checkpoint import UNREADABLE, check_finite, describe, read_tensors, save
-from pretrained.run_directory import append_log, put_back, save_state
+from pretrained.checkpoint import (
+    UNREADABLE,
+    check_finite,
+    describe,
+    read_tensors,
+    save,
+    vocabulary_sums,
+)
+from pretrained.run_directory import append_log, check_settings, put_back, save_state
+from scripts import pretrain_gpt2
 from scripts.learn_bpe import learn_tokens, world_texts, write_tokens
 from scripts.muon import Muon
-from utils.cli import flag, parse, run_program
+from scripts.results import read_rows
+from utils.cli import flag, parse, run_program, stop_after_this_step
 from utils.files import atomic_write, lock, make_folder, memory
+from utils.terminal import command
 
 
 @dataclasses.dataclass
@@ -71,40 +80,16 @@ class Settings:
                         within=(0, 10 ** 9))
 
 
-# ---- text: whole documents, packed into rows
+# ---- the model, and its text
 
-def pack(documents, rows, length):
-    """Documents (lists) packed into `rows` bins of at most `length`; what fits nowhere is left out.
-
-    The longest first, each into the fullest bin that has room. So next to nothing stays empty, and
-    no document is cut: prose never stands without its sheet.
-    """
-    bins, room = [[] for _ in range(rows)], [length] * rows
-    for item in sorted(documents, key=len, reverse=True):
-        fitting = [n for n in range(rows) if room[n] >= len(item)]
-        if fitting:
-            best = min(fitting, key=room.__getitem__)
-            bins[best].append(item)
-            room[best] -= len(item)
-    return bins
-
-
-def batch_of_step(tokenizer, settings, step):
-    """ids (B, T+1), and labels, the same but -100 where none is learned: by seed and step only."""
-    s, rng = settings, random.Random(f"text {settings.seed} {step}")
-    length, documents, total = s.context + 1, [], 0
-    while total < s.rows * length:
-        documents.append(list(zip(*encode(document(rng), tokenizer), strict=True)))
-        total += len(documents[-1])
-    ids = torch.full((s.rows, length), tokenizer.eos_token_id)                      # (B, T+1)
-    labels = torch.full((s.rows, length), -100)                                     # (B, T+1)
-    for row, items in enumerate(pack(documents, s.rows, length)):
-        rng.shuffle(items)                      # else every row would begin with a long document
-        pairs = [pair for item in items for pair in item]
-        ids[row, :len(pairs)] = torch.tensor([token for token, _ in pairs])
-        labels[row, :len(pairs)] = torch.tensor([-100 if role == FIRST else token
-                                                 for token, role in pairs])
-    return ids, labels
+def parts_of(name):
+    """A model's (empty_model, batch_of_step, loss_of, probe, texts to learn the tokenizer from)."""
+    if name == "tiny-gpt2":
+        own, texts = pretrain_gpt2, world_texts
+    else:
+        from scripts import pretrain_bart as own
+        texts = own.vocabulary_texts
+    return own.empty_model, own.batch_of_step, own.loss_of, own.probe, texts
 
 
 class Batches(torch.utils.data.Dataset):
@@ -120,25 +105,24 @@ class Batches(torch.utils.data.Dataset):
         return self.make(*self.given, self.steps[index])
 
 
-# ---- the model
-
-def empty_model(settings):
-    s = settings
-    return GPT2(GPT2Config(s.vocabulary, s.context, s.width, s.layers, s.heads))
-
-
 def check_size(settings):
-    """A ValueError for a model that the memory cannot hold: before anything is made or written."""
+    """A ValueError for a model or for steps that the memory cannot hold: before anything is made or
+    written.
+    """
+    s = settings
     with torch.device("meta"):          # each layer may fit into the memory, and all of them not
-        model = parts_of(settings.model)[0](settings)
+        model = parts_of(s.model)[0](s)
     number = sum(weight.numel() for weight in model.parameters())
-    if number * 4 > (most := memory()):
-        raise ValueError(f"got a model of {number:,} parameters, {number * 4 >> 30:,} GiB; "
-                         f"expected at most the {most >> 30:,} GiB of this computer's memory; give "
-                         "a smaller --width, --layers or --vocabulary")
+    # Of what a step keeps for its way back: the logits, and each layer's attention weights.
+    kept = s.rows * s.context * (s.vocabulary + s.layers * s.heads * s.context)
+    if (size := 4 * s.processes * (number + kept)) > (most := memory()):
+        raise ValueError(f"got a model of {number:,} parameters and steps of {s.rows} x {s.context}"
+                         f" tokens, {size >> 30:,} GiB or more; expected at most the {most >> 30:,}"
+                         " GiB of this computer's memory; give a smaller --width, --layers, "
+                         "--vocabulary, --rows or --context")
 
 
-def new_model(settings, empty_model=empty_model):
+def new_model(settings, empty_model=pretrain_gpt2.empty_model):
     """GPT-2's first weights, N(0, 0.02), less where 2L branches add up; but words get N(0, 0.1).
 
     With words further apart copying begins sooner; after 3M tokens it is no better than with 0.02
@@ -155,14 +139,6 @@ def new_model(settings, empty_model=empty_model):
         elif name.endswith("bias"):
             torch.nn.init.zeros_(weight)
     return model
-
-
-def loss_of(model, ids, labels):
-    """(summed loss, number) of the learned tokens; no logit is computed for the others."""
-    hidden = model.hidden_states(ids[:, :-1])                                       # (B, T, C)
-    learned = labels[:, 1:] != -100                                                 # (B, T)
-    losses = token_losses(model.head(hidden[learned]), labels[:, 1:][learned])      # (N,)
-    return losses.sum(), len(losses)
 
 
 def share_gradients(model, loss, count):
@@ -198,43 +174,6 @@ def schedule(step, steps, warmup):
     return (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
 
-@torch.no_grad()
-def probe(model, tokenizer, count=64):
-    """How well prose follows from its own sheet, in pre-training's notations, for names never read.
-
-    prose: loss of the prose. copy: loss of the values of facts in it. copied: share of these copied
-    without a fault, that is, each token the likeliest after the true ones before it. The thing's
-    own name is left out: whether a sentence begins with it or with "It" is a matter of taste.
-    """
-    rng, prose, copy, copied = random.Random("probe"), [], [], []
-    for _ in range(count):
-        thing = world_thing(rng, groups=(0,))
-        ids, roles = encode(sheet_then_prose(thing, rng), tokenizer)
-        target = torch.tensor(ids[1:], device=model.device)                         # (T,)
-        hidden = model.hidden_states(torch.tensor([ids[:-1]], device=model.device))
-        logits = model.head(hidden[0])                                              # (T, V)
-        losses = token_losses(logits, target).tolist()
-        hits = (logits.argmax(1) == target).tolist()
-        places = range(len(roles) - roles[::-1].index(FIRST), len(roles))   # after the sheet
-        prose += [losses[n - 1] for n in places]
-        for role, value in itertools.groupby(places, key=roles.__getitem__):
-            value = list(value)
-            words = f"{{{tokenizer.decode([ids[n] for n in value]).strip()}}}"
-            if role == AGAIN and words in dict(thing.facts).values():
-                copy += [losses[n - 1] for n in value]
-                copied.append(all(hits[n - 1] for n in value))
-    return {name: round(sum(numbers) / len(numbers), 4) for name, numbers in
-            (("prose", prose), ("copy", copy), ("copied", copied))}
-
-
-def parts_of(name):
-    """A model's (empty_model, batch_of_step, loss_of, probe, texts to learn the tokenizer from)."""
-    if name == "tiny-gpt2":
-        return empty_model, batch_of_step, loss_of, probe, world_texts
-    from scripts import pretrain_bart as bart
-    return bart.empty_model, bart.batch_of_step, bart.loss_of, bart.probe, bart.vocabulary_texts
-
-
 # ---- the run: what is kept on disk
 
 # Settings that are no part of the recipe: they may change from one part of a run to the next.
@@ -250,15 +189,13 @@ def load_state(model, optimizers, settings, first):
         raise ValueError(f"got --resume, expected {path} of a run that was begun; start without it")
     try:
         state = read_tensors(path)
+        check_settings(state, settings, FREE)
+        if state["vocabulary"] != vocabulary_sums(settings.out):
+            raise ValueError("the vocabulary beside it is another than it was")
     except UNREADABLE as error:
-        raise ValueError(f"got {path}, which is damaged ({describe(error)}); expected what this "
-                         "program wrote there; begin a new run in another --out") from error
-    now = dataclasses.asdict(settings)
-    other = [f"--{name.replace('_', '-')} {value}" for name, value in state["settings"].items()
-             if name not in FREE and now[name] != value]
-    if other:
-        raise ValueError(f"got other settings than those of the run in {settings.out}, expected "
-                         f"{' '.join(other)}; give these, or begin a new run in another --out")
+        raise ValueError(f"got {path}, which cannot be resumed ({describe(error)}); expected what "
+                         "this program wrote there, with the same flags; begin a new run in "
+                         "another --out") from error
     model.load_state_dict(state["model"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
@@ -270,22 +207,41 @@ def load_state(model, optimizers, settings, first):
 
 def begin(settings):
     """A new run: its tokenizer, unless one is there, and the first line of the log."""
-    out = Path(settings.out)
+    out, s = Path(settings.out), settings
     if (out / "resume.pt").exists():
         raise ValueError(f"got --out {out}, which holds a run; expected a new directory; choose "
                          "another, or go on with --resume")
+    recipe = {name: value for name, value in dataclasses.asdict(s).items() if name not in FREE}
+    if any(row.get("settings") != recipe for row in read_rows(out / "log.jsonl")[:1]):
+        raise ValueError(f"got --out {out}, which has a log.jsonl of something else; expected a "
+                         "new directory; choose another")
     make_folder(out)
     lock(out / ".lock")
     if not (out / "tokenizer.tiktoken").exists():
-        texts = parts_of(settings.model)[-1](20_000, settings.seed)
-        write_tokens(learn_tokens(texts, settings.vocabulary - 1), out / "tokenizer.tiktoken")
-    if settings.model == "tiny-bart":           # its numbers: those of the tokenizer, moved by 4
+        texts = parts_of(s.model)[-1](20_000, s.seed)
+        write_tokens(learn_tokens(texts, s.vocabulary - 1), out / "tokenizer.tiktoken")
+    # A BART's numbers: those of the tokenizer, moved by 4.
+    if s.model == "tiny-bart" and not (out / "dict.txt").exists():
         with atomic_write(out / "dict.txt", "w") as file:
-            file.writelines(f"{number} 1\n" for number in range(settings.vocabulary))
-    (out / "log.jsonl").unlink(missing_ok=True)     # of a run that ended before its first saving
-    recipe = {name: value for name, value in dataclasses.asdict(settings).items()
-              if name not in FREE}
+            file.writelines(f"{number} 1\n" for number in range(s.vocabulary))
+    check_texts(s, load_tokenizer(out))
+    (out / "log.jsonl").unlink(missing_ok=True)     # of this run, which ended before any saving
     append_log(out, settings=recipe, torch=torch.__version__)
+
+
+def check_texts(settings, tokenizer):
+    """Raise ValueError where the world's texts do not fit into the model."""
+    empty_model, *_, probe, _ = parts_of(settings.model)
+    model = new_model(settings, empty_model)
+    if tokenizer.vocab_size != len(model.word_embedding.weight):
+        raise ValueError(f"got {settings.out} with a vocabulary of {tokenizer.vocab_size} tokens; "
+                         f"expected {len(model.word_embedding.weight)}, by --vocabulary; change "
+                         "one of them")
+    try:
+        probe(model, tokenizer)                     # its documents are as long as those of a step
+    except ValueError as error:
+        raise ValueError(f"got --context {settings.context}, into which the world's texts do not "
+                         f"fit ({error}); give a longer one, or a larger --vocabulary") from error
 
 
 def finish(model, settings):
@@ -315,11 +271,43 @@ def train_step(model, optimizers, batch, loss_of, rates, dtype):
     return mean
 
 
-def pretrain(rank, settings, meeting):
+def stopped_by(signals, told):
+    """The number of the signal that stops the run, 0 while none does: one for any of its processes,
+    or for the one that started them, which has `told` it.
+    """
+    number = torch.tensor(max([told.value if told else 0, *signals]))
+    if distributed.is_initialized():
+        distributed.all_reduce(number, distributed.ReduceOp.MAX)
+    return number.item()
+
+
+def ignore_signals(worker):
+    """For a process that writes text: the model's own ends it."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def write_log(model, tokenizer, settings, probe, done, losses, seconds):
+    """Add a line to the log. Raises ValueError where the run has run away: the loss is that before
+    the last update, the probe's are those behind it.
+    """
+    row = {"step": done, "tokens": done * settings.rows * settings.context * settings.processes,
+           "loss": round(torch.stack(losses).mean().item(), 4), **probe(model, tokenizer),
+           "seconds": round(seconds)}
+    if not all(map(math.isfinite, row.values())):
+        raise ValueError(f"got a loss of {row['loss']} by step {done} ({row}), expected finite "
+                         "numbers; what was there before is untouched; begin again in "
+                         "another --out with a lower --lr or --matrix-lr")
+    append_log(settings.out, **row)
+    print(json.dumps(row), flush=True)
+
+
+def pretrain(rank, settings, meeting=None, told=None):
     """One process of the run. `meeting`: a path that no file has yet, where the processes meet.
 
     All of them have the same weights, read different text and take the same steps; the first one
-    keeps the log and the files.
+    keeps the log and the files. told: see `stopped_by`. Returns the exit status.
     """
     s, first = settings, rank == 0
     device = ("cuda" if torch.cuda.is_available() else "cpu") if s.device == "auto" else s.device
@@ -331,45 +319,67 @@ def pretrain(rank, settings, meeting):
     empty_model, batch_of_step, loss_of, probe, _ = parts_of(s.model)
     model = new_model(s, empty_model).to(device)
     optimizers = optimizers_of(model, s)
-    start, before = load_state(model, optimizers, s, first) if s.resume else (0, 0.0)
+    done, before = load_state(model, optimizers, s, first) if s.resume else (0, 0.0)
     tokenizer = load_tokenizer(s.out)
-    stop = min(steps, s.stop_at or steps)
+    stop, stopped, losses = min(steps, s.stop_at or steps), 0, []
     if first:
         size = sum(weight.numel() for weight in model.parameters())
-        print(f"{size:,} parameters on {device}, step {start} of {steps}", flush=True)
-    texts = range(start * s.processes + rank, stop * s.processes, s.processes)
+        print(f"{size:,} parameters on {device}, step {done} of {steps}", flush=True)
+    texts = range(done * s.processes + rank, stop * s.processes, s.processes)
     batches = torch.utils.data.DataLoader(Batches(batch_of_step, tokenizer, s, texts),
-                                          batch_size=None, num_workers=s.workers)
-    began, losses = time.perf_counter(), []
-    for step, batch in enumerate(batches, start):
-        share = schedule(step, steps, s.warmup)
-        mean = train_step(model, optimizers, batch, loss_of, (s.matrix_lr * share, s.lr * share),
-                          s.dtype)
-        losses += [mean] if first else []
-        done, last = step + 1, step + 1 == stop
-        seconds = before + time.perf_counter() - began
-        if (last or done % min(s.probe_every, s.save_every) == 0) and not mean.isfinite():
-            raise ValueError(f"got a loss of {mean.item()} by step {done}, expected a finite "
-                             f"number; what was there before is untouched; begin again in another "
-                             "--out with a lower --lr or --matrix-lr")
-        if first and (last or done % s.probe_every == 0):
-            row = {"step": done, "tokens": done * s.rows * s.context * s.processes,
-                   "loss": round(torch.stack(losses).mean().item(), 4), **probe(model, tokenizer),
-                   "seconds": round(seconds)}
-            append_log(s.out, **row)
-            print(json.dumps(row), flush=True)
-            losses = []
-        if first and (last or done % s.save_every == 0):
-            check_finite(model.state_dict(), s.out)         # the loss is that before the update
-            save_state(s.out, {
-                "model": model.state_dict(), "step": done, "seconds": seconds,
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "settings": dataclasses.asdict(s)})
-    if first and stop == steps:
-        finish(model, s)
+                                          batch_size=None, num_workers=s.workers,
+                                          worker_init_fn=ignore_signals)
+    began = time.perf_counter()
+    with stop_after_this_step() as signals:
+        for step, batch in enumerate(batches, done):
+            share = schedule(step, steps, s.warmup)
+            mean = train_step(model, optimizers, batch, loss_of,
+                              (s.matrix_lr * share, s.lr * share), s.dtype)
+            losses += [mean] if first else []
+            done, stopped = step + 1, stopped_by(signals, told)
+            last = stopped or done == stop
+            seconds = before + time.perf_counter() - began
+            saved = first and (last or done % s.save_every == 0)
+            if saved or first and done % s.probe_every == 0:
+                write_log(model, tokenizer, s, probe, done, losses, seconds)
+                losses = []
+            if saved:
+                save_state(s, {"model": model.state_dict(), "step": done, "seconds": seconds,
+                               "vocabulary": vocabulary_sums(s.out),
+                               "optimizers": [one.state_dict() for one in optimizers]})
+            if stopped:
+                break
+        if first and done == steps:
+            finish(model, s)
     if s.processes > 1:
         distributed.barrier()           # the first one is still writing
         distributed.destroy_process_group()
+    return 128 + stopped if stopped and done < stop else 0
+
+
+def child(rank, *given):
+    """`pretrain` as a program of its own. Of the processes one says what went wrong with all."""
+    if rank:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    run_program(lambda: pretrain(rank, *given))
+
+
+def pretrain_in_processes(settings):
+    """`pretrain` in --processes of them; returns their exit status."""
+    told = torch.multiprocessing.get_context("spawn").Value("i", 0)
+    with tempfile.TemporaryDirectory() as folder, stop_after_this_step() as signals:
+        children = torch.multiprocessing.spawn(
+            child, (settings, f"{folder}/meeting", told), settings.processes, join=False)
+        try:
+            while not children.join(0.2):
+                told.value = max([0, *signals])
+        except torch.multiprocessing.ProcessExitedException as error:
+            status = children.processes[0].exitcode or error.exit_code  # the others' follow from it
+            return status if status > 0 else 128 - status
+        finally:
+            for process in children.processes:      # none where all have ended
+                process.kill()
+    return 0
 
 
 def main(argv=None):
@@ -381,11 +391,13 @@ def main(argv=None):
     check_size(settings)
     if not settings.resume:
         begin(settings)
-    if settings.processes == 1:
-        pretrain(0, settings, None)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(pretrain, (settings, f"{folder}/meeting"), settings.processes)
+    status = (pretrain(0, settings) if settings.processes == 1 else
+              pretrain_in_processes(settings))
+    if status > 128 and (Path(settings.out) / "resume.pt").exists():
+        words = sys.argv[1:] if argv is None else argv
+        print("stopped; go on with:", command("-m", "scripts.pretrain", *words, *(
+            [] if settings.resume else ["--resume"])))
+    return status
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def corrupt(sentences, tokenizer, rng):
 
 
 def batch_of_step(tokenizer, settings, step):
-    """The tensors of `tensors_of_texts`: by seed and step only, as pretrain.batch_of_step.
+    """The tensors of `tensors_of_texts`: by seed and step only, as pretrain_gpt2.batch_of_step.
 
     About rows x context tokens, sources and targets together; what is longer than the context is
     left out.

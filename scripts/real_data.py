@@ -13,9 +13,7 @@ import json
 import os
 import platform
 import random
-import shutil
 import statistics
-import subprocess
 import sys
 import time
 import typing
@@ -26,16 +24,18 @@ import torch
 import sample
 from baselines import untrained
 from data import tasks
+from pretrained.run_directory import mend, remove_unsaved
 from scripts.evaluate import parts_of, scores_of
-from scripts.results import append_rows, read_rows, write_rows
-from utils.cli import flag, parse, run_program
-from utils.files import read_json
+from scripts.results import append_rows, lock_rows, read_rows, write_rows
+from utils.cli import flag, parse, run_child, run_program
+from utils.files import lock, make_folder, read_json
 
 HERE = Path(__file__).parent.parent
 RATES = {"prefix": (5e-4, 1e-3, 2e-3), "finetune": (3e-5, 1e-4, 3e-4),
          "finetune-top2": (1e-4, 3e-4, 1e-3)}
 SHARED = ("--batch-size", "12", "--share-source", "3", "--warmup", "20", "--dev-pairs", "100")
 LOW = {50: 100, 100: 100, 500: 200}             # pairs to learn from -> steps of 10
+KEYS = ("name", "group")                        # of every line of the results
 GROUPS = ("untrained", "grid", "low-grid", "layers", "low", "main", "length", "webnlg", "scitldr")
 
 
@@ -154,25 +154,21 @@ def call(words, folder=HERE):
     """Run a program of this project to its end: (seconds, peak memory in MB)."""
     print("$ python", *words, flush=True)
     began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *words], cwd=folder)
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise ValueError(f"`python {' '.join(words)}` ended with {process.returncode}; its message "
-                         "stands above; mend that, then give the same command again")
+    used = run_child([sys.executable, *words], cwd=folder)
     return round(time.perf_counter() - began, 1), round(used.ru_maxrss / 1024)
 
 
 def train(run, settings, out):
     """Train one run, or go on with it: what the results file tells of the training."""
     data = low_data(run.data, settings) if run.data.startswith("low-") else run.data
-    if not (out / "resume.pt").exists():
-        shutil.rmtree(out, ignore_errors=True)
+    remove_unsaved(out)
+    if not out.exists():
         words = ["train.py", "--model", settings.model, "--data", data, *run.flags, "--fast",
                  "--out", str(out)]
         if settings.data_dir and data == run.data:
             words += ["--data-dir", settings.data_dir]
     else:
+        mend(out)
         words = ["train.py", "--resume", str(out)]
     calls = out.with_name(f"{out.name}.parts.jsonl")    # the rate in a name has a point of its own
     parts = read_rows(calls)                            # of a run that was stopped
@@ -304,8 +300,11 @@ def main(argv=None):
     unknown = {*settings.only} - {*GROUPS, "full"}
     if unknown:
         raise ValueError(f"got --only {sorted(unknown)}; expected {', '.join(GROUPS)} or full")
-    results = Path(settings.results)
-    write_rows(results, read_rows(results))                     # without a line cut by a kill
+    results, out = Path(settings.results), Path(settings.out)
+    make_folder(out)
+    lock(out / ".lock")
+    lock_rows(results)
+    write_rows(results, read_rows(results, KEYS))               # without a line cut by a kill
     while True:
         own = [row for row in read_rows(results) if conditions(settings).items() <= row.items()]
         done = {row["name"] for row in own}

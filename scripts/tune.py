@@ -15,14 +15,15 @@ import io
 import itertools
 import math
 import random
-import shutil
 from pathlib import Path
 
 import train
 from data import own
 from data.pairs import load_examples
+from pretrained import run_directory
 from scripts.results import read_rows, write_rows
 from utils.cli import flag, parse, run_program
+from utils.files import lock, make_folder
 from utils.terminal import command
 
 FEW = 500               # sources: the largest of the paper's low-data sizes
@@ -95,9 +96,9 @@ def advance(run, flags, steps):
     def losses():
         return {row["step"]: row["dev_loss"] for row in read_rows(run / "log.jsonl")
                 if "dev_loss" in row and row["step"] <= steps}
+    run_directory.remove_unsaved(run)
+    run_directory.mend(run)
     if steps not in losses():
-        if run.exists() and not (run / "resume.pt").exists():
-            shutil.rmtree(run)              # killed before there was anything to go on with
         flags = ["--resume", str(run)] if run.exists() else [*flags, "--out", str(run)]
         try:
             with contextlib.redirect_stdout(io.StringIO()):
@@ -136,6 +137,8 @@ def main(argv=None):
                          "long the runs are, a multiple of 4; change it, or leave it out")
     name = "-".join(own.name_of(x) for x in (args.model, args.data) if x)
     folder = Path(args.out or f"out/tune-{name}")
+    make_folder(folder)
+    lock(folder / ".lock")
     common, choices = common_words(args, folder), grid(args)
     about = {"common": common, "grid": choices}
     if (read_rows(folder / "tune.jsonl") or [about])[0] != about:

@@ -18,8 +18,18 @@ import torch
 
 import sample
 import train
-from utils.cli import flag, parse, run_program, stop_after_this_step
-from utils.files import append_lines, atomic_write, download, fetch_file, read_json, write_json
+from data.tokenizer import byte_level_bpe
+from pretrained.hub import declared_sha256
+from utils.cli import flag, parse, run_child, run_program, stop_after_this_step
+from utils.files import (
+    append_lines,
+    atomic_write,
+    download,
+    fetch_bytes,
+    fetch_file,
+    read_json,
+    write_json,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,8 +77,9 @@ def test_what_is_given_has_its_type():
     (["--epochs", "many"], "many"),
     (["--epochs"], "--epochs"),
     (["one", "two"], "two"),
-    (["--method=--"], "got --method []"),
-    (["--epochs=--"], "got --epochs []"),
+    (["--method=--"], "got --method=--; expected a value"),
+    (["--epochs=--"], "got --epochs=--; expected a value"),
+    (["--run=--"], "got --run=--; expected a value"),
     (["--max-new", str(2 ** 63)], "expected a number from 1 to 1,000"),
 ])
 def test_a_wrong_flag_is_one_line_with_the_next_step(argv, words):
@@ -248,6 +259,48 @@ def test_a_terminal_that_closes_ends_the_step_unless_nohup_says_no(monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
+STOPPED = """
+import os, sys
+from utils.cli import run_child, run_program
+from utils.files import atomic_write
+
+def main():
+    with atomic_write(sys.argv[1]):
+        run_child([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); "
+                   "time.sleep(60)"])
+run_program(main)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_program_stops_its_child_and_puts_its_files_away(tmp_path, number):
+    """Would catch: a training that goes on alone, an output.tmp that stays, status 2."""
+    run = subprocess.Popen([sys.executable, "-c", STOPPED, tmp_path / "file"], cwd=ROOT, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    child = int(run.stdout.readline())
+    assert len(list(tmp_path.iterdir())) == 1
+    run.send_signal(number)
+    assert run.wait(20) == 128 + number and not list(tmp_path.iterdir())
+    run.stdout.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no os.wait4")
+def test_a_child_that_was_stopped_is_no_failure():
+    """Would catch: 143 that becomes an error, "mend that", where somebody has stopped it."""
+    def child(end):
+        return run_child([sys.executable, "-c", f"import os, sys; {end}"])
+    assert child("sys.exit(0)").ru_maxrss > 0
+    for end in ("sys.exit(143)", "os.kill(os.getpid(), 15)"):
+        with pytest.raises(KeyboardInterrupt) as caught:
+            child(end)
+        assert caught.value.args == (signal.SIGTERM,)
+    with pytest.raises(ValueError, match="ended with 3; its message stands above"):
+        child("sys.exit(3)")
+
+
 # ---- whole files
 
 @pytest.mark.parametrize("mistake", [ValueError("no"), OSError(28, "No space left on device"),
@@ -377,6 +430,13 @@ BODY = bytes(range(256)) * (12 << 10)    # 3 MiB, so more than one piece
 DIGEST = hashlib.sha256(BODY).hexdigest()
 
 
+# What never becomes a body: headers, a chunk's length, provisional answers, a byte each 0.02 s.
+DRIPPING = {
+    "/header": ["HTTP/1.1 200 OK\r\nX: ", *500 * "x"],
+    "/chunk-size": ["HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", *500 * "0"],
+    "/continue": 500 * ["HTTP/1.1 100 Continue\r\n", "\r\n"]}
+
+
 class Server(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/missing":
@@ -386,6 +446,13 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", "/whole")
             self.send_header("X-Linked-ETag", f'"{"0" * 64}"')
             self.end_headers()
+        elif self.path in DRIPPING:
+            try:
+                for line in DRIPPING[self.path]:
+                    self.wfile.write(line.encode())
+                    time.sleep(0.02)
+            except OSError:                                 # the client has gone
+                return
         elif self.path == "/silent":
             self.close_connection = True                    # no answer at all
         else:
@@ -405,6 +472,8 @@ class Server(http.server.BaseHTTPRequestHandler):
                 except OSError:                             # the client has gone
                     return
             self.wfile.write(BODY[:1000] if self.path == "/cut" else BODY)
+
+    do_HEAD = do_GET
 
     def log_message(self, *arguments):
         """Say nothing: the tests' output is not the place."""
@@ -463,8 +532,33 @@ def test_a_download_ends(server, tmp_path, monkeypatch):
         monkeypatch.setattr("utils.files.UNCHECKED", len(BODY) // 2)
         with pytest.raises(ValueError, match=f"{page}: got .* expected at most .* a second"):
             download(server + page, tmp_path / "file")
+    for page in DRIPPING:
+        with pytest.raises((ValueError, OSError), match=f"{page}: .*got .* expected at most"):
+            download(server + page, tmp_path / "file")
+    for fetch in (declared_sha256, fetch_bytes):
+        with pytest.raises(OSError, match="got .* bytes in .* expected at most"):
+            fetch(server + "/header")
+    monkeypatch.setattr("utils.files.CHECKED", len(BODY) - 1)
+    with pytest.raises(ValueError, match="/whole: got .* expected at most 3145727"):
+        download(server + "/whole", tmp_path / "file", DIGEST)
     assert not list(tmp_path.iterdir())
-    download(server + "/whole", tmp_path / "file", DIGEST)      # a checksum is limit enough
+    monkeypatch.undo()
+    download(server + "/whole", tmp_path / "file", DIGEST)
+
+
+def test_gpt2s_vocabulary_is_fetched_with_the_same_care(monkeypatch, tmp_path):
+    """Would catch: tiktoken's own download, which waits for ever, without a limit."""
+    asked = []
+
+    def no_connection(url):
+        asked.append(url)
+        raise OSError("no connection")
+    monkeypatch.setattr("data.tokenizer.fetch_bytes", no_connection)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
+    with pytest.raises(OSError, match="could not get GPT-2's vocabulary"):
+        byte_level_bpe(tmp_path)
+    assert len(asked) == 1 and asked[0].startswith("https://")
 
 
 def test_what_is_there_is_fetched_again_if_it_is_damaged(server, tmp_path, capsys):

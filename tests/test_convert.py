@@ -80,6 +80,39 @@ def test_a_vocabulary_that_is_not_gpt2s_is_refused(tmp_path):
     convert(directory, tmp_path / "out")
 
 
+def test_shards_of_another_size_than_the_index_states_are_said(tmp_path, capsys):
+    """Would catch: shards of two uploads in one model without a word. Tied weights count once."""
+    model = small()
+    size = sum(weight.nbytes for weight in model.parameters())
+    state = foreign(model)
+    state["lm_head.weight"] = state["wte.weight"]
+    directory = write(tmp_path / "hf", state, "shards")
+    index = directory / "pytorch_model.bin.index.json"
+    about = json.loads(index.read_text())
+    # In two files it is stored twice.
+    twice = 0 if about["weight_map"]["lm_head.weight"] == about["weight_map"]["wte.weight"] else (
+        model.wte.weight.nbytes)
+    for stated, said in ((size + twice, False), (size + twice + 4, True), ("many", True)):
+        index.write_text(json.dumps(about | {"metadata": {"total_size": stated}}))
+        read_checkpoint(directory)
+        assert ("they may be of different uploads" in capsys.readouterr().err) == said
+
+
+def test_a_file_is_no_directory_to_write(tmp_path):
+    """Would catch: "[Errno 20]"."""
+    directory = write(tmp_path / "hf", foreign(small()))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="file to write, which is a file; expected a new"):
+        main([str(directory), "--out", str(tmp_path / "file")])
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_several_beginnings_of_a_text_are_refused(tmp_path):
+    """Would catch: a list in the place of a token, and a traceback in the middle of decoding."""
+    directory = write(tmp_path / "hf", foreign(small()), bos_token_id=[1, 2])
+    refused(directory, "config.json with bos_token_id = [1, 2]; expected a token below 61")
+
+
 def refused(directory, *words):
     """Converting `directory` fails in one line that has these words and three parts, and leaves
     nothing behind.

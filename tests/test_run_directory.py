@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from pretrained.load import load_model
 from pretrained.run_directory import (
     create,
     load_prefix,
+    load_run,
     load_state,
     resumed_settings,
     run_settings,
@@ -164,6 +166,87 @@ def test_a_model_is_its_weights_its_settings_and_its_tokens(model_directory, tmp
     assert len(set(marks)) == 3 and marks[0] == marks[3]
 
 
+def test_a_vocabulary_that_nobody_has_named_is_refused(model_directory, tmp_path):
+    """Would catch: other tokens because a file was put there later, and nonsense with status 0."""
+    shutil.copytree(model_directory, tmp_path / "model")
+    for name in ("tokenizer.json", "dict.txt"):
+        (tmp_path / "model" / name).write_text("0 1\n")
+        with pytest.raises(ValueError, match=f"config.json names no {name}"):
+            load_model(str(tmp_path / "model"), "cpu", "fp32")
+        (tmp_path / "model" / name).unlink()
+    load_model(str(tmp_path / "model"), "cpu", "fp32")
+
+
+@pytest.mark.parametrize("name, value", [
+    ("forced_bos_token_id", [1, 2]), ("eos_token_id", [1, "2"]), ("eos_token_id", 10 ** 6),
+    ("bos_token_id", None)])
+def test_a_token_that_decoding_cannot_use_is_refused(model_directory, tmp_path, name, value):
+    """Would catch: a list in the place of a token, and a traceback in the middle of decoding."""
+    shutil.copytree(model_directory, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    about = read_json(path)
+    write_json(path, about | {"generation_config": {"eos_token_id": [1, 2]}})
+    assert load(tmp_path / "model").generation_config == {"eos_token_id": [1, 2]}
+    write_json(path, about | {"generation_config": {name: value}})
+    with pytest.raises(ValueError, match=f"its generation_config has {name} = "):
+        load(tmp_path / "model")
+
+
+def test_a_tuned_model_has_the_tokens_of_its_base(model_directory, tmp_path, model):
+    """Would catch: a fine-tuned model that speaks another model's tokens, with status 0."""
+    pytest.importorskip("baselines", reason="there is no baselines/ here")
+    base = tmp_path / "base"
+    shutil.copytree(model_directory, base)
+    frozen = load_model(str(base), "cpu", "fp32")[0]
+    settings = create(train.Settings(out=str(tmp_path / "run"), model=str(base)), "", frozen)
+    save(frozen, tmp_path / "run" / "model", again=True)
+    load_run(settings.out, "cpu", "fp32")
+    lines = (base / "tokenizer.tiktoken").read_text().splitlines()
+    lines[65], lines[66] = (f"{b.split()[0]} {a.split()[1]}" for a, b in
+                            (lines[65:67], lines[66:64:-1]))
+    (base / "tokenizer.tiktoken").write_text("\n".join(lines))
+    save(load(model_directory), base)               # its checksums are right
+    with pytest.raises(ValueError, match="run/model, tuned from the model '.*put back the one"):
+        load_run(settings.out, "cpu", "fp32")
+
+
+def test_a_model_that_is_replaced_keeps_its_links_and_modes(model, tmp_path):
+    """Would catch: a config.json that is deleted first, so that a link to another disk becomes a
+    file here, and nobody else may read it; a directory without one while the weights are written.
+    """
+    save(model, tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.rename(tmp_path / "elsewhere.json")
+    config.symlink_to("../elsewhere.json")
+    (tmp_path / "elsewhere.json").chmod(0o604)
+    model.wte.weight.data += 1
+    save(model, tmp_path / "model")
+    assert config.is_symlink() and config.stat().st_mode & 0o777 == 0o604
+    assert torch.equal(load(tmp_path / "model", dtype=torch.float64).wte.weight, model.wte.weight)
+
+
+@pytest.mark.parametrize("place", [1, 2])
+def test_a_model_that_is_half_replaced_is_refused(model, tmp_path, monkeypatch, place):
+    """Would catch: new weights under the old settings, where a kill comes between the two files."""
+    save(model, tmp_path / "model")
+    model.wte.weight.data += 1
+    replace, left = os.replace, [place]
+
+    def killed(*names):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        replace(*names)
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(model, tmp_path / "model")
+    if place == 1:                                  # before the first: all is as it was
+        assert load(tmp_path / "model", dtype=torch.float64).wte.weight.isfinite().all()
+    else:
+        with pytest.raises(ValueError, match="holds other weights than config.json names"):
+            load(tmp_path / "model")
+
+
 def test_numbers_that_are_none_are_neither_written_nor_read(model, tmp_path):
     """Would catch: NaN exported, or written over a good model; "!!!!!!" decoded with status 0."""
     folded = torch.randn(3, 2, 1, 4, 5, 6)
@@ -192,35 +275,57 @@ def test_going_on_puts_back_what_belongs_to_the_state(tmp_path, capsys):
     """
     (tmp_path / "log.jsonl").write_text('{"step": 0}\n{"step": 5}\n')
     (tmp_path / "prefix.pt").write_bytes(b"the best")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
     write_json(tmp_path / "config.json", {"settings": {}})
-    save_state(tmp_path, {"fingerprint": "f", "data": "d", "step": 5})
-    whole = {name: (tmp_path / name).read_bytes() for name in ("log.jsonl", "prefix.pt")}
+    settings = train.Settings(out=str(tmp_path))
+    save_state(settings, {"fingerprint": "f", "data": "d", "step": 5})
+    whole = {name: (tmp_path / name).read_bytes() for name in ("log.jsonl", "prefix.pt",
+                                                                   "model/config.json")}
 
     def resumed(name, damaged):
         (tmp_path / name).write_bytes(damaged)
-        assert load_state(tmp_path, "f", "d")["step"] == 5
+        assert load_state(settings, "f", "d")["step"] == 5
         assert {name: (tmp_path / name).read_bytes() for name in whole} == whole
         return capsys.readouterr().err
     assert resumed("log.jsonl", whole["log.jsonl"] + b'{"step": 6}\n{"st') == ""
     said = f"{tmp_path / 'log.jsonl'} is not that of step 5, to which resume.pt belongs; it is put"
     assert said in resumed("log.jsonl", b'{"step": 0}\n{"st\xff: 5}\n')
     assert "prefix.pt is not that of step 5" in resumed("prefix.pt", b"an older one")
+    assert "config.json is not that of step 5" in resumed("model/config.json", b"another")
     (tmp_path / "prefix.pt").unlink()
     assert "prefix.pt is not that of step 5" in resumed("log.jsonl", whole["log.jsonl"])
     with pytest.raises(ValueError, match="the data or its tokens have changed"):
-        load_state(tmp_path, "f", "other")
+        load_state(settings, "f", "other")
+
+
+def test_the_state_of_another_run_is_refused_and_changes_nothing(tmp_path, model):
+    """Would catch: the log and the prefix of one run put back into another; a mix of both."""
+    runs = [create(train.Settings(out=str(tmp_path / name), seed=seed), "", model)
+            for seed, name in enumerate("ab")]
+    for run in runs:
+        (Path(run.out) / "log.jsonl").write_text(f"of {run.out}")
+        save_state(run, {"fingerprint": "f", "data": "d", "step": 5})
+    shutil.copy(tmp_path / "a" / "resume.pt", tmp_path / "b" / "resume.pt")
+    before = {path: path.read_bytes() for path in (tmp_path / "b").iterdir()}
+    with pytest.raises(ValueError, match="cannot be resumed .*it is of a run with --seed 0"):
+        load_state(runs[1], "f", "d")
+    assert before == {path: path.read_bytes() for path in before}
+    moved = dataclasses.replace(runs[0], out=str(tmp_path / "b"), device="cpu", stop_at=9)
+    assert load_state(moved, "f", "d")["step"] == 5         # these may be others
+    assert (tmp_path / "b" / "log.jsonl").read_text() == f"of {runs[0].out}"
 
 
 def test_other_threads_are_said_when_a_run_goes_on(tmp_path, model, capsys):
     """Would catch: last bits that differ, and nobody who can tell why."""
-    create(train.Settings(out=str(tmp_path / "run")), "", model)
-    save_state(tmp_path / "run", {"fingerprint": "f", "data": "d", "step": 5})
-    load_state(tmp_path / "run", "f", "d")
+    settings = create(train.Settings(out=str(tmp_path / "run")), "", model)
+    save_state(settings, {"fingerprint": "f", "data": "d", "step": 5})
+    load_state(settings, "f", "d")
     assert capsys.readouterr().err == ""
     about = read_json(tmp_path / "run" / "config.json")
     about["environment"]["threads"] += 1
     write_json(tmp_path / "run" / "config.json", about)
-    load_state(tmp_path / "run", "f", "d")
+    load_state(settings, "f", "d")
     assert "'threads': 2" in capsys.readouterr().err
 
 
@@ -242,19 +347,20 @@ def test_two_starts_never_share_a_directory(tmp_path, model, monkeypatch):
 
 def test_a_run_that_is_written_is_not_resumed_beside(tmp_path, model):
     """Would catch: two processes that write one run; a lock that is left by a process that died."""
-    create(train.Settings(out=str(tmp_path / "run")), "", model)
+    settings = create(train.Settings(out=str(tmp_path / "run")), "", model)
     (tmp_path / "run" / "log.jsonl").write_text("{}\n")
-    save_state(tmp_path / "run", {"fingerprint": "f", "data": "d", "step": 5})
+    save_state(settings, {"fingerprint": "f", "data": "d", "step": 5})
     program = ("import sys; sys.path.insert(0, sys.argv[1])\n"
                "from pretrained.run_directory import load_state, run_settings\n"
                "run_settings(sys.argv[2]); print('read', flush=True)\n"
-               "load_state(sys.argv[2], 'f', 'd')\n")
+               "import train\n"
+               "load_state(train.Settings(out=sys.argv[2]), 'f', 'd')\n")
     other = subprocess.run([sys.executable, "-c", program, ROOT, tmp_path / "run"],
                            capture_output=True, text=True)
     assert other.stdout == "read\n" and other.returncode == 1
     assert "in which another process is writing" in other.stderr.splitlines()[-1]
     shutil.copytree(tmp_path / "run", tmp_path / "left")        # as its process left it
-    load_state(tmp_path / "left", "f", "d")
+    load_state(dataclasses.replace(settings, out=str(tmp_path / "left")), "f", "d")
 
 
 def test_the_commit_of_somebody_elses_repository_is_not_ours(tmp_path, monkeypatch):

@@ -564,6 +564,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(task, tmp_path):
     assert saved["prefix"].isfinite().all()
 
 
+@pytest.mark.parametrize("more", [["--mid-dim", "0"], ["--method", "finetune"]])
+def test_a_run_that_is_stopped_after_a_runaway_step_saves_nothing(task, more):
+    """Would catch: a state that is lost, saved over the last good one; the loss of a step is that
+    before its update.
+    """
+    if "finetune" in more:
+        pytest.importorskip("baselines", reason="there is no baselines/ here")
+    with pytest.raises(ValueError, match="got a loss of nan at step 1,"):
+        train.main([*task[:-2], *more, "--out", "run", "--lr", "1e20", "--stop-at", "1"])
+    assert torch.load("run/resume.pt", weights_only=True)["step"] == 0
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["--data", "e2f"], "got the data 'e2f'.*did you mean e2e"),
     (["--model", "tiny-gpt3"], "got the model 'tiny-gpt3'.*did you mean tiny-gpt2"),

@@ -15,7 +15,9 @@ import difflib
 import importlib
 import io
 import os
+import shlex
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -119,6 +121,10 @@ def parse(settings, argv, description, positional=None, notes="", hidden=()):
             {"type": kind, "choices": choices}))
     known, unknown = parser.parse_known_args(argv)
     given = vars(known)
+    for name, value in given.items():
+        if isinstance(value, list) and (not value or [] in value):      # argparse's for "--"
+            raise ValueError(f"got --{name.replace('_', '-')}=--; expected a value behind the =; "
+                             f"`{parser.prog} --help` lists every flag")
     if unknown:
         near = (nearest(unknown[0].split("=")[0], flags) if unknown[0].startswith("-") else
                 "a flag has to stand before it;")
@@ -136,6 +142,24 @@ def out_of_memory(error):
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
+@contextlib.contextmanager
+def signals_interrupt():
+    """SIGTERM and a terminal that is closed raise KeyboardInterrupt(number), as Ctrl-C does,
+    so that what is half done is put away. Under nohup the terminal stays without effect.
+    """
+    def interrupt(number, frame):
+        raise KeyboardInterrupt(number)
+    numbers = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None))
+               and signal.getsignal(number) is signal.SIG_DFL]          # Windows has no SIGHUP
+    for number in numbers:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def run_program(main, saving_flags="a smaller --batch-size"):
     """Call `main()` as a program, which ends with the status that it returns; None is 0.
 
@@ -150,7 +174,8 @@ def run_program(main, saving_flags="a smaller --batch-size"):
     if isinstance(sys.stdout, io.TextIOWrapper):        # a notebook's is not, and takes every text
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
-        status = main()
+        with signals_interrupt():
+            status = main()
         sys.stdout.flush()
         if status:
             sys.exit(status)
@@ -169,7 +194,8 @@ def run_program(main, saving_flags="a smaller --batch-size"):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141 if enough else 2)      # 128 + SIGPIPE
     except KeyboardInterrupt as error:
-        print("interrupted", file=sys.stderr)
+        with contextlib.suppress(OSError):              # the terminal may be gone
+            print("interrupted", file=sys.stderr)
         sys.exit(128 + (error.args or (signal.SIGINT,))[0])
     except (SystemExit, GeneratorExit):
         raise
@@ -197,6 +223,32 @@ def optional_module(name, flags):
     except ImportError as error:
         raise ValueError(f"got {flags}, but there is no {name.split('.')[0]}/ here ({error}); "
                          "leave it out") from error
+
+
+def run_child(words, **options):
+    """Run another program to its end; it is stopped where this one is. Returns what it used, see
+    os.wait4. options: as of subprocess.Popen. Raises ValueError where it fails, KeyboardInterrupt
+    with the number of the signal where that ended it.
+    """
+    # In a session of its own: Ctrl-C at a terminal comes from here, once.
+    process = subprocess.Popen(words, start_new_session=True, **options)
+    try:
+        try:
+            _, status, used = os.wait4(process.pid, 0)
+        except KeyboardInterrupt as stop:
+            process.send_signal((stop.args or (signal.SIGINT,))[0])
+            os.wait4(process.pid, 0)
+            raise
+    except BaseException:               # a second signal
+        process.kill()
+        raise
+    status = process.returncode = os.waitstatus_to_exitcode(status)
+    if status > 128 or -status in (signal.SIGINT, signal.SIGTERM):
+        raise KeyboardInterrupt(status - 128 if status > 128 else -status)
+    if status:
+        raise ValueError(f"`{shlex.join(map(str, words))}` ended with {status}; its message stands "
+                         "above; mend that, then give the same command again")
+    return used
 
 
 @contextlib.contextmanager

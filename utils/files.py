@@ -7,6 +7,7 @@ import contextlib
 import errno
 import hashlib
 import http.client
+import io
 import json
 import os
 import secrets
@@ -113,12 +114,12 @@ def lock(path):
     """Take the lock file `path` for as long as this process lives; readers need none.
 
     Raises ValueError where another process has it. Windows has no such lock, some network file
-    systems neither: there it is only said.
+    systems neither: there it is only said. Returns the file's number: closing it frees the lock.
     """
     number = None
     try:
         import fcntl
-        number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)   # never closed: that would free it
+        number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (ImportError, OSError) as error:
         # Of `open` EACCES says another thing: that the file is somebody else's.
@@ -127,6 +128,18 @@ def lock(path):
                              "for its end, or choose another directory") from error
         print(f"{path}: no lock can be held here ({error}); start no second process on it",
               file=sys.stderr)
+    return number
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Hold the lock file `path` for a while: see `lock`."""
+    number = lock(path)
+    try:
+        yield
+    finally:
+        if number is not None:
+            os.close(number)
 
 
 # ---- reading
@@ -201,6 +214,7 @@ def read_json(path):
 # ---- downloads
 
 UNCHECKED = 100 << 20       # bytes at most of a file without a checksum: settings, a vocabulary
+CHECKED = 64 << 30          # and of one with a checksum: GPT-2 xl has 6 GB
 # Bytes a second over all seconds from the first of these on: less is no download that ends.
 SLOWEST, PATIENCE = 1 << 10, 60
 
@@ -212,6 +226,73 @@ def sha256_of(path, any_line_end=False):
         while chunk := file.read(1 << 20):
             digest.update(chunk.replace(b"\r", b"") if any_line_end else chunk)
     return digest.hexdigest()
+
+
+class Endless(OSError):
+    """An exchange with a server that would take for ever, or all of the disk."""
+
+    @classmethod
+    def check(cls, got, began, most):
+        seconds = time.monotonic() - began
+        if got > most or seconds > PATIENCE and got / seconds < SLOWEST:
+            raise cls(f"got {got} bytes in {seconds:.0f} s, expected at most {most} and {SLOWEST} "
+                      "a second")
+
+
+class _Watched(io.RawIOBase):
+    """What a server sends, headers and the lengths of chunks included: all of it has to come in
+    time, and be less than twice the longest file.
+    """
+
+    def __init__(self, raw):
+        self.raw, self.got, self.began = raw, 0, time.monotonic()
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        count = self.raw.readinto(buffer)
+        self.got += count or 0
+        Endless.check(self.got, self.began, 2 * CHECKED)
+        return count
+
+    def close(self):
+        self.raw.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, *given, **options):
+        super().__init__(*given, **options)
+        self.fp = io.BufferedReader(_Watched(self.fp.detach()))
+
+
+def _watched(kind):
+    def connection(*given, **options):
+        made = kind(*given, **options)
+        made.response_class = _Response
+        return made
+    return connection
+
+
+class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    def http_open(self, request):
+        return self.do_open(_watched(http.client.HTTPConnection), request)
+
+    def https_open(self, request):
+        return self.do_open(_watched(http.client.HTTPSConnection), request)
+
+
+def open_url(request, *handlers):
+    """The reply to a request, or to a URL, as urllib gives it. handlers: more of urllib's.
+
+    Raises OSError where there is none, or where the exchange would not end.
+    """
+    opener = urllib.request.build_opener(_Handler, *handlers)
+    try:
+        return opener.open(request, timeout=PATIENCE)       # seconds without a single byte
+    except http.client.HTTPException as error:
+        raise OSError(str(error)) from error
 
 
 def _chunks(reply, url, most):
@@ -227,39 +308,44 @@ def _chunks(reply, url, most):
         while True:
             try:
                 chunk = reply.read1(1 << 20)            # what is there: it never waits for more
+                got += len(chunk)
+                Endless.check(got, began, most)
+            except Endless as error:
+                raise ValueError(f"{url}: {error}; nothing was kept, run the command again, or "
+                                 "fetch the file by hand") from error
             except (OSError, http.client.HTTPException) as error:
                 raise ValueError(f"{url}: the connection broke after {got} bytes ({error}); "
                                  "nothing was kept, run the command again") from error
             if not chunk:
                 break
             yield chunk
-            got += len(chunk)
             bar.update(len(chunk))
-            seconds = time.monotonic() - began
-            if got > most or seconds > PATIENCE and got / seconds < SLOWEST:
-                raise ValueError(f"{url}: got {got} bytes in {seconds:.0f} s, expected at most "
-                                 f"{most} and {SLOWEST} a second; nothing was kept, run the "
-                                 "command again, or fetch the file by hand")
     if length and got != length:
         raise ValueError(f"{url}: got {got} bytes, expected {length}; nothing was kept, run the "
                          "command again")
 
 
+def fetch_bytes(url):
+    """What is at `url`, 100 MB at most, for whoever knows its checksum. Raises as `download`."""
+    with open_url(url) as reply:
+        return b"".join(_chunks(reply, url, UNCHECKED))
+
+
 def download(url, path, sha256=None, any_line_end=False):
     """Fetch `url` to `path` with a progress bar; the file appears only when whole and checked.
 
-    sha256: expected hex digest; None where none is known: then the file may have 100 MB, and the
-    digest is printed, so that it can be compared later. any_line_end: see `sha256_of`. Raises
-    ValueError for a wrong digest or a cut transfer, OSError when there is nothing to fetch.
+    sha256: expected hex digest; None where none is known: then the file may have 100 MB, not 64 GB,
+    and the digest is printed, so that it can be compared later. any_line_end: see `sha256_of`.
+    Raises ValueError for a wrong digest or a cut transfer, OSError when there is nothing to fetch.
     """
     digest = hashlib.sha256()
     try:
-        reply = urllib.request.urlopen(url, timeout=PATIENCE)       # seconds without a single byte
-    except (OSError, http.client.HTTPException) as error:   # urllib's own errors are OSErrors
+        reply = open_url(url)
+    except OSError as error:                # urllib's own errors, too
         raise OSError(f"could not download {url}: {error}; check the connection, or fetch it on "
                       f"another machine and put it at {path}") from error
     with reply, atomic_write(path) as file:
-        for chunk in _chunks(reply, url, 1 << 40 if sha256 else UNCHECKED):
+        for chunk in _chunks(reply, url, CHECKED if sha256 else UNCHECKED):
             file.write(chunk)
             digest.update(chunk.replace(b"\r", b"") if any_line_end else chunk)
         if sha256 and digest.hexdigest() != sha256:

@@ -30,8 +30,9 @@ def both(request, tmp_path, bytes_tokenizer):
 
 def save_with_tokenizer(model, directory, tokenizer):
     model.generation_config = {"eos_token_id": EOS}
+    directory.mkdir()
+    tokenizer.save(str(directory / "tokenizer.json"))       # config.json has its checksum
     save(model, directory)
-    tokenizer.save(str(directory / "tokenizer.json"))
 
 
 def same(theirs, ours, prefix):

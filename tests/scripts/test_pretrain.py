@@ -1,16 +1,23 @@
 """Pre-training: whole documents, the same run after an interruption, and the bundled result."""
 import json
+import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from conftest import ROOT
 
+import train as core
 from data.tokenizer import load_tokenizer
 from data.toy_world.text import FIRST, document, encode
+from pretrained import run_directory
 from pretrained.checkpoint import load, save
-from scripts import muon, pretrain
+from scripts import muon, pretrain, pretrain_gpt2
 
 BUNDLED = ROOT / "weights" / "tiny-gpt2"
 SMALL = ["--width", "16", "--layers", "1", "--heads", "2", "--rows", "2", "--warmup", "2",
@@ -39,7 +46,7 @@ def train(directory, *more):
 def test_the_batch_of_a_step_depends_on_seed_and_step_only(tokenizer):
     """Catches text that depends on what was drawn before: a resumed run would read other text."""
     settings = pretrain.Settings(rows=2)
-    make = pretrain.batch_of_step
+    make = pretrain_gpt2.batch_of_step
     whole = pretrain.Batches(make, tokenizer, settings, range(9))
     late = pretrain.Batches(make, tokenizer, settings, range(5, 9))
     assert all(torch.equal(a, b) for a, b in zip(whole[6], late[1], strict=True))
@@ -52,7 +59,7 @@ def test_documents_are_packed_whole_and_leave_little_room():
     """Catches prose cut off from its sheet, which teaches guessing, and rows full of padding."""
     rng = random.Random(2)
     documents = [[n] * rng.randint(30, 110) for n in range(40)]
-    bins = pretrain.pack(documents, 8, 193)
+    bins = pretrain_gpt2.pack(documents, 8, 193)
     placed = [item for items in bins for item in items]
     assert all(item in documents for item in placed)
     assert len({item[0] for item in placed}) == len(placed)
@@ -62,7 +69,7 @@ def test_documents_are_packed_whole_and_leave_little_room():
 
 def test_first_mentions_and_padding_are_not_learned(tokenizer):
     """Catches a loss on made-up names, which is noise, or on the empty end of a row."""
-    ids, labels = pretrain.batch_of_step(tokenizer, pretrain.Settings(rows=16), 0)
+    ids, labels = pretrain_gpt2.batch_of_step(tokenizer, pretrain.Settings(rows=16), 0)
     learned = labels != -100
     assert torch.equal(labels[learned], ids[learned])
     rows = [list(zip(row.tolist(), mask.tolist(), strict=True)) for row, mask in zip(ids, learned)]
@@ -153,12 +160,77 @@ def test_a_run_is_not_mixed_with_another(directory):
         train(directory)
     with pytest.raises(ValueError, match="--lr 0.002"):
         train(directory, "--resume", "--lr", "1")
+    with open(directory / "run" / "tokenizer.tiktoken", "a") as file:
+        file.write("\n")
+    with pytest.raises(ValueError, match="resumed .*the vocabulary beside it is another than it"):
+        train(directory, "--resume")
     with pytest.raises(ValueError, match="got --width 0; expected a number from 1"):
         train(directory / "new", "--width", "0")
     with pytest.raises(ValueError, match="got a model of .* parameters.* memory; give a smaller"):
         train(directory / "new", "--width", "9600", "--layers", "1000")
+    with pytest.raises(ValueError, match="steps of 10000 x 100000 tokens.*--rows or --context"):
+        train(directory / "new", "--rows", "10000", "--context", "100000")
     with pytest.raises(ValueError, match="got --width .* and --heads 7; expected a width"):
         train(directory / "new", "--heads", "7")
+
+
+def test_what_the_world_does_not_fit_into_is_refused(directory):
+    """Catches steps without a token to learn, whose loss is NaN; an error after hours, at the first
+    probe; an index beyond the words, of another vocabulary.
+    """
+    for flags, words in ((["--context", "60"], "got --context 60, into which the world's texts do"),
+                         (["--vocabulary", "300"], "a vocabulary of 1280 tokens; expected 300")):
+        with pytest.raises(ValueError, match=words):
+            train(directory, *flags)
+    assert not (directory / "run" / "log.jsonl").exists()
+
+
+def test_somebody_elses_log_is_left_alone(directory):
+    """Catches a file that is deleted because of its name; but also a run that was killed before its
+    first saving, and that cannot be begun again.
+    """
+    log = directory / "run" / "log.jsonl"
+    log.write_text('{"mine": 1}\n')
+    with pytest.raises(ValueError, match="has a log.jsonl of something else"):
+        train(directory)
+    assert log.read_text() == '{"mine": 1}\n'
+    log.unlink()
+    lines = train(directory)["step"]
+    (directory / "run" / "resume.pt").unlink()
+    assert train(directory)["step"] == lines and log.read_text().count("\n") == 4
+
+
+def test_the_run_of_another_program_is_not_gone_on_with(directory):
+    """Catches "KeyError: 'settings'", which nobody expected."""
+    run_directory.save_state(core.Settings(out=str(directory / "run")), {"step": 1})
+    with pytest.raises(ValueError, match="which cannot be resumed .*it is of a run with --"):
+        train(directory, "--resume")
+    torch.save({"step": 1}, directory / "run" / "resume.pt")
+    with pytest.raises(ValueError, match="which cannot be resumed .*expected what this program"):
+        train(directory, "--resume")
+
+
+@pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_a_signal_saves_and_is_the_status(directory, processes):
+    """Catches hours of steps that are lost, status 0, processes that go on alone."""
+    flags = [*SMALL, "--tokens", "100000000", "--save-every", "1000000", "--processes", processes,
+             "--out", str(directory / "run"), "--weights", str(directory / "w")]
+    run = subprocess.Popen([sys.executable, "-m", "scripts.pretrain", *flags], cwd=ROOT, text=True,
+                           stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    log, deadline = directory / "run" / "log.jsonl", time.monotonic() + 100
+    while not (log.exists() and '"step"' in log.read_text()):
+        assert time.monotonic() < deadline and run.poll() is None, "the run never started"
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    out, _ = run.communicate(timeout=60)
+    step = torch.load(directory / "run" / "resume.pt", weights_only=True)["step"]
+    assert run.returncode == 143 and out.rstrip().endswith("--resume") and not (
+        directory / "w").exists()
+    assert json.loads(log.read_text().splitlines()[-1])["step"] == step
+    if processes == "1":
+        pretrain.main([*flags, "--resume", "--stop-at", str(step + 1)])
+        state = torch.load(directory / "run" / "resume.pt", weights_only=True)
+        assert state["step"] == step + 1
 
 
 @pytest.mark.parametrize("rate, words", [("inf", "got --matrix-lr inf; expected"),
@@ -170,6 +242,21 @@ def test_a_pre_training_that_runs_away_leaves_the_model_alone(directory, rate, w
     with pytest.raises(ValueError, match=words):
         train(directory, "--lr", "1e6", "--matrix-lr", rate)
     assert (directory / "w" / "model.pt").read_bytes() == before
+
+
+def test_a_step_that_runs_away_is_not_saved(directory, monkeypatch):
+    """Catches a look at the loss alone, which is that before the last update."""
+    train_step = pretrain.train_step
+
+    def runaway(model, *given):
+        mean = train_step(model, *given)
+        model.wte.weight.data *= 1e38           # finite, but its logits are not
+        return mean
+    monkeypatch.setattr(pretrain, "train_step", runaway)
+    with pytest.raises(ValueError, match="got a loss of .* by step 1 .*lower --lr"):
+        train(directory, "--stop-at", "1")
+    assert not (directory / "run" / "resume.pt").exists()
+    assert (directory / "run" / "log.jsonl").read_text().count("\n") == 1
 
 
 def test_weights_that_are_none_replace_nothing(directory):
@@ -194,6 +281,6 @@ def test_the_bundled_model_is_small_and_copies_names_it_never_read(tokenizer):
     assert sum(path.stat().st_size for path in BUNDLED.iterdir()) < 8_000_000
     model = load(BUNDLED)
     assert tokenizer.vocab_size == model.config.vocab_size == tokenizer.eos_token_id + 1
-    found = pretrain.probe(model, tokenizer, count=16)
+    found = pretrain_gpt2.probe(model, tokenizer, count=16)
     # The last line of pretrain_log.jsonl has these numbers for 64 texts; guessing copies nothing.
     assert found["copied"] > 0.95 and found["prose"] < 0.6

@@ -70,6 +70,16 @@ def test_what_is_said():
     assert real_data.said(rows) == {"said": {"name": 66.7, "near": 100.0}}
 
 
+def test_a_line_of_something_else_is_told(tmp_path):
+    """Would catch: "KeyError: 'name'", which nobody expected."""
+    rows = tmp_path / "rows.jsonl"
+    for line in ({"group": "main"}, {"name": "x", "model": "gpt2"}):
+        rows.write_text(json.dumps(line) + "\n")
+        with pytest.raises(ValueError, match="no JSON object with name, group .*mend it, or name"):
+            real_data.main(["--out", str(tmp_path), "--results", str(rows)])
+        assert json.loads(rows.read_text()) == line
+
+
 def test_unknown_group_is_told():
     with pytest.raises(ValueError, match="got --only .*'gird'.*expected untrained"):
         real_data.main(["--only", "gird"])

@@ -86,6 +86,18 @@ def test_few_examples_are_split_as_in_the_paper():
         assert len({*learn, *dev}) == sum(expected) and {*learn} <= {*part[0]}
 
 
+def test_a_damaged_log_is_mended_aloud(whole, capsys):
+    """Would catch: a search that ends at it without advice, or that chooses by other numbers."""
+    folder, text = whole
+    log = folder / "tuned" / "lr-0.003-prefix-len-3" / "log.jsonl"
+    before = log.read_bytes()
+    for damaged in (before.replace(b'"step": 2', b'"step: 2'),
+                    before.replace(b'"dev_loss": ', b'"dev_loss": 0.0')):
+        log.write_bytes(damaged)
+        assert searched(folder) == text and log.read_bytes() == before
+        assert f"{log} is not that of step 4" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words, choices", [
     ([], 9), (["--lr", "1e-3"], 3), (["--prefix-len", "4"], 3), (["--init", "words"], 3),
     (["--method", "finetune"], 3), (["--rates", "1", "--rates", "1", "--lengths", "2"], 1)])

@@ -12,6 +12,7 @@ import random
 import shutil
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -128,10 +129,11 @@ def finished(flags, output="output.txt"):
 
 
 def tensors_in(saved, name=""):
-    """{name: tensor or plain value} of whatever torch.save has written, copies of files left out.
+    """{name: tensor or plain value} of whatever torch.save has written, but for copies of files and
+    the settings, which name the directory.
     """
     if isinstance(saved, dict):
-        return {k: v for key, value in saved.items() if key != "files"
+        return {k: v for key, value in saved.items() if key not in ("files", "settings")
                 for k, v in tensors_in(value, f"{name}.{key}").items()}
     if isinstance(saved, (list, tuple)):
         return tensors_in(dict(enumerate(saved)), name)
@@ -155,7 +157,7 @@ def log_of(run):
 def differences(run, reference):
     """What of two finished runs is not the same: tensors, to the bit, and lines of the log."""
     found = []
-    for name in ("resume.pt", *COPIED[1:]):
+    for name in ("resume.pt", *(copy for copy in COPIED if copy.endswith(".pt"))):
         paths = Path(run) / name, Path(reference) / name
         if paths[0].exists() != paths[1].exists():
             found.append(f"{name} is there once")
@@ -168,8 +170,21 @@ def differences(run, reference):
     return found + [f"{path.name} is left" for path in Path(run).rglob("*.tmp")]
 
 
-def end(text, failures):
-    """Print what was found; status 1 where anything was."""
+def wait_for(path, number):
+    """Until the file is there, which the child `number` makes."""
+    deadline = time.monotonic() + 100
+    while not Path(path).exists():
+        if time.monotonic() > deadline or os.waitpid(number, os.WNOHANG)[0]:
+            sys.exit(f"FAILED: {path} never came: {Path('output.txt').read_text()[-300:]}")
+        time.sleep(0.001)
+
+
+def end(text, failures, **counts):
+    """Print what was found; status 1 where anything was, or where one of `counts` is 0: then the
+    harness has not seen what it is there for.
+    """
+    failures = failures + [f"nothing was {name.replace('_', ' ')}" for name, count in counts.items()
+                           if not count]
     for failure in failures[:20]:
         print("FAILED", failure)
     print(f"{text}: {len(failures)} failed")

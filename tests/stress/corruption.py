@@ -13,6 +13,7 @@ import io
 import json
 import random
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -29,11 +30,12 @@ from common import (
 )
 from conftest import random_bart, random_gpt2
 
+import train
 from pretrained.checkpoint import load, save
 from pretrained.hugging_face import convert
 from pretrained.load import load_model
 from pretrained.peft_adapter import read_peft, write_peft
-from pretrained.run_directory import load_prefix, load_run, load_state, run_settings
+from pretrained.run_directory import COPIED, load_prefix, load_run, load_state, run_settings
 
 TEXT = "n : 7 | it is, e.g., 9"
 
@@ -65,9 +67,9 @@ def state_and_files(run, saved):
     shutil.rmtree("going-on", ignore_errors=True)
     shutil.copytree(run, "going-on")
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        state = load_state("going-on", saved["fingerprint"], saved["data"])
-    names = ("log.jsonl", "prefix.pt", "model/model.pt")
-    files = {name: (Path("going-on") / name).read_bytes() for name in names
+        settings = train.Settings(**saved["settings"] | {"out": "going-on"})
+        state = load_state(settings, saved["fingerprint"], saved["data"])
+    files = {name: (Path("going-on") / name).read_bytes() for name in COPIED
              if (Path("going-on") / name).exists()}
     return tensors_in(state) | files, "put back" in said.getvalue()
 
@@ -148,7 +150,7 @@ def outcome(read, right):
 
 
 def main():
-    args, failures, rng = parse(__doc__, 200), [], random.Random(0)
+    args, failures, rng, total = parse(__doc__, 200), [], random.Random(0), Counter()
     words = ("refused", "mended", "same", "other", "error")
     with empty_folder() as folder, contextlib.redirect_stderr(io.StringIO()):
         print(f"{args.count} flips in each".ljust(44) + "".join(word.rjust(9) for word in words))
@@ -161,12 +163,13 @@ def main():
                 Path(path).write_bytes(damaged)
                 found = outcome(read, right)
                 counts[found.split(":")[0]] += 1
+                total[found.split(":")[0]] += 1
                 if found.startswith("error") or summed and found == "other":
                     failures.append(f"{path}, bit {place}: {found}")
             Path(path).write_bytes(whole)
             name = f"{Path(path).parent.name}/{Path(path).name}" + ("" if summed else " (no sum)")
             print(name.ljust(44) + "".join(str(counts[word]).rjust(9) for word in words))
-    end("flipped bits", failures)
+    end("flipped bits", failures, refused=total["refused"], mended=total["mended"])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import http.server
 import io
+import signal
 import threading
 import time
 from pathlib import Path
@@ -21,8 +22,16 @@ from utils import files
 BODY = bytes(range(256)) * 4096                 # a megabyte
 SUM = hashlib.sha256(BODY).hexdigest()
 PATIENCE, SOON = 1, 10                          # seconds
-BAD = ("cut", "cut-chunked", "drip", "stall", "endless", "silent", "garbage", "loop", "404",
-       "500", "negative", "huge-header", "wrong")
+BAD = ("cut", "cut-chunked", "drip", "drip-header", "drip-chunk", "drip-continue", "stall",
+       "endless", "silent", "garbage", "loop", "404", "500", "negative", "huge-header", "wrong")
+
+
+class Hangs(BaseException):
+    """What nobody in between takes for an error of the connection."""
+
+
+def hang(number, frame):
+    raise Hangs
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -54,11 +63,24 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.head(Transfer_Encoding="chunked")
         self.wfile.write(b"100000\r\n" + BODY[:1000])
 
+    def slowly(self, pieces):
+        for piece in pieces:
+            self.wfile.write(piece)
+            time.sleep(0.05)
+
     def drip(self):
         self.head(len(BODY))
-        for byte in BODY:
-            self.wfile.write(bytes([byte]))
-            time.sleep(0.05)
+        self.slowly(bytes([byte]) for byte in BODY)
+
+    def drip_header(self):
+        self.slowly([b"HTTP/1.1 200 OK\r\nX: "] + [b"x"] * 10_000)
+
+    def drip_chunk(self):
+        self.head(Transfer_Encoding="chunked")
+        self.slowly([b"0"] * 10_000)
+
+    def drip_continue(self):
+        self.slowly([b"HTTP/1.1 100 Continue\r\n", b"\r\n"] * 10_000)
 
     def stall(self):
         self.head(len(BODY))
@@ -99,18 +121,25 @@ def one(url, path, sha256, kind):
     """What went wrong with one download, as a list."""
     path.write_bytes(b"old")
     began, error = time.monotonic(), None
+    signal.alarm(2 * SOON)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             files.download(f"{url}/{kind}", path, sha256)
+    except Hangs:
+        return [f"{kind}: hangs"]
     except (ValueError, OSError) as caught:
         error = caught
     except Exception as caught:
         return [f"{kind}: {type(caught).__name__}: {caught}"]
+    finally:
+        signal.alarm(0)
     seconds, found = time.monotonic() - began, []
     if seconds > SOON:
         found.append(f"{kind}: {seconds:.0f} s")
     if error is None and not (kind == "whole" or sha256 is None and kind == "wrong"):
         found.append(f"{kind}: taken")
+    if error and kind == "whole":
+        found.append(f"whole: refused: {error}")
     if error and f"{url}/{kind}" not in str(error):
         found.append(f"{kind}: {error}")
     if error and path.read_bytes() != b"old" or [*path.parent.glob("*.tmp")]:
@@ -133,6 +162,7 @@ def there_already(url, path):
 def main():
     args, failures = parse(__doc__, 5), []
     files.PATIENCE, files.UNCHECKED = PATIENCE, 10 << 20
+    signal.signal(signal.SIGALRM, hang)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server, empty_folder():
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()

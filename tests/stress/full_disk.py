@@ -117,7 +117,7 @@ def main():
                     shutil.rmtree("disk/run", ignore_errors=True)
         failures += standard_output(folder)
     end(f"{args.count} disks, {full} of them too small, {saved} of these after a first saving",
-        failures)
+        failures, refused=full, saved_first=saved)
 
 
 if __name__ == "__main__":

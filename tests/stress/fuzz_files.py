@@ -37,7 +37,7 @@ from pretrained.checkpoint import load, save
 from pretrained.hugging_face import convert
 from pretrained.load import load_model
 from pretrained.peft_adapter import read_peft, write_peft
-from pretrained.run_directory import load_prefix, resumed_settings, run_settings
+from pretrained.run_directory import load_prefix, load_state, resumed_settings, run_settings
 from scripts.results import read_rows
 
 LONGEST = 60                                        # seconds of a case
@@ -96,8 +96,10 @@ def binaries(folder):
     model, _ = load_model(base, "cpu", "fp32")
     learner = train.make_learner(dataclasses.replace(settings, prefix_len=2, mid_dim=4), model)
     run = folder / "run"
-    train.run_directory.create(dataclasses.replace(settings, out=str(run)), "", model)
+    settings = train.run_directory.create(dataclasses.replace(settings, out=str(run)), "", model)
     train.run_directory.save_learned(run, learner, model)
+    train.run_directory.save_state(settings, {"fingerprint": "f", "data": "d", "step": 3,
+                                              "learner": learner.state_dict()})
     (folder / "log").write_text(2 * json.dumps({"step": 1, "loss": 2.5}) + "\n")
     write_vocabulary(folder / "dict")
     (folder / "dict/dict.txt").write_text("".join(f"{256 - n} 1\n" for n in range(257)))
@@ -132,6 +134,7 @@ def binaries(folder):
              ("dict/dict.txt", lambda path: load_tokenizer("dict").theirs),
              ("run/config.json", settings_of), ("log", lambda path: read_rows(path)),
              ("run/prefix.pt", lambda path: load_prefix(path, model)),
+             ("run/resume.pt", lambda path: load_state(settings, "f", "d")),
              *((f"hf/{name}", converted) for name in (
                  "config.json", "generation_config.json", "pytorch_model.bin.index.json",
                  "part.bin"))]
@@ -290,7 +293,7 @@ def main():
         endless([case for case in cases if case[1] is not None], failures, counts)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     print("\n".join(failures[20:]) + f"{dict(counts)}; at most {memory} MB of memory")
-    end(f"{args.count} files", failures)
+    end(f"{args.count} files", failures, taken=counts["taken"], refused=counts["refused"])
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def fault(settings, words, given, positional):
 
 
 def carried_out(module, words):
-    """What is wrong with a program that was called with `words`, "" if nothing is."""
+    """(what is wrong with a program that was called with `words`, "" if nothing is; its status)."""
     def program():
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         signal.alarm(LONGEST)
@@ -98,9 +98,9 @@ def carried_out(module, words):
     status = status_of(child(program))
     said = Path("output.txt").read_text("utf-8", "replace")
     if status == -signal.SIGALRM:
-        return "hangs"
+        return "hangs", status
     wrong = "Traceback" in said or "did not expect" in said or said.count("error: ") > 1
-    return f"status {status}: {said[-300:]!r}" if status not in (0, 2) or wrong else ""
+    return f"status {status}: {said[-300:]!r}" if status not in (0, 2) or wrong else "", status
 
 
 def limits_in_help(settings, failures, name):
@@ -141,12 +141,13 @@ def main():
                                  "--mid-dim=8"],
                        "sample": ["--model=bytes", "--device=cpu", "--max-new-tokens=3"],
                        "pretrained.convert": []}[name]
-                found = carried_out(modules[name], [*own, *words])
-                counts["carried out"] += 1
+                found, status = carried_out(modules[name], [*own, *words])
+                counts["done" if status == 0 else "refused later"] += 1
                 if found:
                     failures.append(f"{name} {words!r:.200}: {found}")
     print(dict(counts))
-    end(f"{args.count} command lines", failures)
+    end(f"{args.count} command lines", failures, refused=counts["refused"], taken=counts["taken"],
+        done=counts["done"])
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def read_beside(run, failures, what):
 
 
 def main():
-    args, failures, begun = parse(__doc__, 200), [], 0
+    args, failures, begun, resumed = parse(__doc__, 200), [], 0, 0
     with empty_folder() as folder:
         task = make_task(folder)
         for method, again in (("prefix", False), ("finetune", False), ("prefix", True)):
@@ -107,6 +107,7 @@ def main():
                 if not Path("run/resume.pt").exists():      # nothing was saved yet: begin again
                     begun += 1
                     continue
+                resumed += 1
                 status = status_of(start(["--resume", "run", "--device", "cpu"]))
                 if status:
                     failures.append(f"{what}: resumed with {status}: "
@@ -115,7 +116,8 @@ def main():
                     failures += [f"{what}: {found}" for found
                                  in differences("run", f"{method}-whole")]
             shutil.rmtree("run", ignore_errors=True)
-    end(f"{args.count} kills ({begun} of them before anything was saved)", failures)
+    end(f"{args.count} kills ({begun} of them before anything was saved)", failures,
+        resumed=resumed)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from common import (
     parse,
     start,
     status_of,
+    wait_for,
 )
 
 from pretrained import run_directory
@@ -49,8 +50,8 @@ def tell(writing):
         append_log(directory, **values)
         os.write(writing, f"line {values['step']}\n".encode())
 
-    def save_and_tell(directory, state):
-        save_state(directory, state)
+    def save_and_tell(settings, state):
+        save_state(settings, state)
         os.write(writing, f"state {state['step']}\n".encode())
     run_directory.append_log, run_directory.save_state = append_and_tell, save_and_tell
 
@@ -64,8 +65,7 @@ def cut_off(flags, wait):
     disk = os.open("disk", os.O_RDONLY)
     number = start(flags, lambda: tell(writing))
     os.close(writing)
-    while not Path("disk/run").exists():
-        time.sleep(0.002)
+    wait_for("disk/run", number)
     time.sleep(wait)
     # Before the cut: during it an fsync may return that the kernel has not finished.
     with contextlib.suppress(BlockingIOError):
@@ -128,7 +128,8 @@ def main():
                 os.sync()
         finally:
             subprocess.run(["umount", "disk"])
-    end(f"{args.count} power losses ({lines} lines and {states} states were told before)", failures)
+    end(f"{args.count} power losses ({lines} lines and {states} states were told before)", failures,
+        told_as_a_line=lines, told_as_a_state=states)
 
 
 if __name__ == "__main__":

@@ -260,7 +260,8 @@ def test_a_terminal_that_closes_ends_the_step_unless_nohup_says_no(monkeypatch):
 
 
 STOPPED = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background job ignores it
 from utils.cli import run_child, run_program
 from utils.files import atomic_write
 

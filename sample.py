@@ -21,7 +21,7 @@ import torch
 
 from data import own, paper
 from data.pairs import pairs_of
-from data.requests import answer_line, read_requests
+from data.requests import answer_line, check_output, read_requests
 from decoding.beam import beam_search
 from decoding.constraints import constraints_of
 from decoding.state import DecodingState, stack_prefixes
@@ -250,17 +250,7 @@ def main(argv=None):
                      paper.decoding_notes())
     if "prompt" in settings.given and "input" in settings.given:
         raise ValueError("got a prompt and --input; expected one of them; leave one out")
-    if settings.output and "input" not in settings.given:
-        raise ValueError("got --output without --input; expected both, or > FILE for one text")
-    output = Path(settings.output)
-    if own.suffix_of(output) in (".json", ".csv", ".tsv"):
-        raise ValueError(f"got --output {output}; expected a .jsonl file, or another for texts "
-                         "alone; give another name")
-    if settings.output and output.exists() and not output.is_file():
-        raise ValueError(f"got --output {output}, which is no file; give the name of one")
-    if settings.output and output.exists() and output.resolve() == Path(settings.input).resolve():
-        raise ValueError(f"got --output {output}, which is --input; expected another file, for "
-                         "this would replace the sources; give another name")
+    check_output(settings.output, settings.input)
     if len(settings.run) > 1 and "input" not in settings.given:
         raise ValueError('got several --run and no --input; expected a .jsonl file whose lines say '
                          'which, {"source": ..., "run": ...}; or give one --run')

@@ -53,6 +53,23 @@ def read_requests(path, runs, key="source"):
         yield source, run
 
 
+def check_output(output, source):
+    """Raise ValueError where the answers to the file `source` cannot be written to `output`; "":
+    no such file is asked for.
+    """
+    if output and not source:
+        raise ValueError("got --output without --input; expected both, or > FILE for one text")
+    path = Path(output)
+    if own.suffix_of(path) in (".json", ".csv", ".tsv"):
+        raise ValueError(f"got --output {output}; expected a .jsonl file, or another for texts "
+                         "alone; give another name")
+    if output and path.exists() and not path.is_file():
+        raise ValueError(f"got --output {output}, which is no file; give the name of one")
+    if output and path.exists() and path.resolve() == Path(source).resolve():
+        raise ValueError(f"got --output {output}, which is --input; expected another file, for "
+                         "this would replace the sources; give another name")
+
+
 def answer_line(source, text, run=None, as_json=False):
     """The line of a file for a text: the text, or an object with its source, and its run if given.
     """

@@ -9,7 +9,6 @@ figures as tables. Not here: how lambda is measured (attention_shares.py), the s
 import base64
 import dataclasses
 import html
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +23,7 @@ from scripts.drawing import new_figure, plain_panel, render, save_pictures
 from scripts.results import read_rows
 from train import Trainer
 from utils.cli import flag, parse, run_program
-from utils.files import atomic_write
+from utils.files import atomic_write, read_json, read_json_object
 
 CSS = """
 body { max-width: 70rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 sans-serif;
@@ -207,7 +206,7 @@ def share_table(place, texts):
 
 
 def score_table(path):
-    found = json.loads(path.read_text("utf-8"))
+    found = read_json_object(path)
     names = list(dict.fromkeys(name for part in found["scores"].values() for name in part))
     about = ", ".join(f"{key} {value}" for key, value in found.items() if key != "scores")
     return table(f"{path.name}: {about}", ["", *names], [
@@ -246,7 +245,7 @@ def main(argv=None):
         raise ValueError("got no run; expected its directory; `python -m scripts.draw out/NAME`")
     generator = sample.Generator(sample.Settings(run=[s.run], num_beams=1, device=s.device,
                                                  max_new_tokens=s.max_new_tokens))
-    about = json.loads((Path(s.run) / "config.json").read_text("utf-8"))
+    about = read_json(Path(s.run) / "config.json")
     settings, log = about["settings"], read_rows(Path(s.run) / "log.jsonl")
     examples = spread(tasks.load(s.data or settings["data"], "dev", s.data_dir
                                  or settings["data_dir"] or None, keys=own.keys_of(settings)),

@@ -9,7 +9,6 @@ Not here: training (train.py), scores (scripts/evaluate.py), what needs no learn
 """
 import dataclasses
 import datetime
-import json
 import os
 import platform
 import random
@@ -28,7 +27,7 @@ from pretrained.run_directory import mend, remove_unsaved
 from scripts.evaluate import parts_of, scores_of
 from scripts.results import append_rows, lock_rows, read_rows, write_rows
 from utils.cli import flag, parse, run_child, run_program
-from utils.files import lock, make_folder, read_json
+from utils.files import lock, make_folder, read_json, read_json_object
 
 HERE = Path(__file__).parent.parent
 RATES = {"prefix": (5e-4, 1e-3, 2e-3), "finetune": (3e-5, 1e-4, 3e-4),
@@ -206,7 +205,7 @@ def decode(run, settings, out, beams):
         own.mkdir(exist_ok=True)
         for name in (texts, scores):
             (out / name).replace(own / name)
-    found = json.loads((own / scores).read_text("utf-8"))["scores"]
+    found = read_json_object(own / scores)["scores"]
     return rounded(found) | (said(read_rows(own / texts)[1:]) if data == "e2e" else {})
 
 

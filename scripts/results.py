@@ -23,7 +23,7 @@ def read_rows(path, keys=()):
             if not isinstance(row, dict) or not {*keys} <= row.keys():
                 raise TypeError("a value that is no object, or of another program")
             rows.append(row)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             cut = isinstance(error, ValueError) and line.startswith(b"{")
             if number == len(lines) and cut:
                 break

@@ -7,7 +7,7 @@ from baselines import untrained
 from data import tasks
 from scripts import draw_real_data, real_data
 from scripts.real_data import Run, Settings
-from scripts.results import write_rows
+from scripts.results import read_rows, write_rows
 
 
 def grid(group, method, losses):
@@ -78,6 +78,14 @@ def test_a_line_of_something_else_is_told(tmp_path):
         with pytest.raises(ValueError, match="no JSON object with name, group .*mend it, or name"):
             real_data.main(["--out", str(tmp_path), "--results", str(rows)])
         assert json.loads(rows.read_text()) == line
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"a":' * 100_000, "3"])
+def test_a_row_that_is_no_object_is_an_error_and_not_a_cut(tmp_path, line):
+    """Would catch: a traceback from JSON without end; a damaged line that is dropped in silence."""
+    (tmp_path / "rows.jsonl").write_text(f'{{"step": 1}}\n{line}\n')
+    with pytest.raises(ValueError, match="a line of which is no JSON object.*mend it, or name"):
+        read_rows(tmp_path / "rows.jsonl")
 
 
 def test_unknown_group_is_told():

@@ -33,7 +33,7 @@ def decide_device(device, dtype):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:     # the second: PyTorch built without CUDA
         raise ValueError(f"got --device {name}, which PyTorch cannot use here (it sees "
                          f"{torch.cuda.device_count()} CUDA devices); use --device cpu") from error
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -123,7 +123,7 @@ def lock(path):
         fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (ImportError, OSError) as error:
         # Of `open` EACCES says another thing: that the file is somebody else's.
-        if number and error.errno in (errno.EACCES, errno.EAGAIN):
+        if number is not None and error.errno in (errno.EACCES, errno.EAGAIN):
             raise ValueError(f"got {Path(path).parent}, in which another process is writing; wait "
                              "for its end, or choose another directory") from error
         print(f"{path}: no lock can be held here ({error}); start no second process on it",

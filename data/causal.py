@@ -24,19 +24,19 @@ def cut_source(ids, excess):
     return ids[:-1 - excess] + ids[-1:] if excess <= len(ids) - 2 else None
 
 
-def encode(examples, tokenizer, limit):
-    """Every (source, reference) of `examples` as a pair of at most `limit` tokens, and a note.
+def encode(tokens, limit):
+    """Every source with each of its references as a pair of at most `limit` tokens, and a note.
 
+    tokens: for each example those of its source and a list of its references', as
+    `pairs.tokenized` has them.
     The rule for a pair that is too long: the source loses its last tokens; where not one of them
     would be left, or the target alone is too long, the pair is refused. Returns (pairs, note); the
     note says how many were cut and refused, and is empty when none was. Raises ValueError when no
     pair is left.
     """
     pairs, cut, refused = Pairs(), 0, 0
-    for example in examples:
-        source = tokenizer.source_ids(example.source)
-        for text in example.targets:
-            target = tokenizer.target_ids(text)
+    for source, targets in tokens:
+        for target in targets:
             excess = len(source) + len(target) - limit
             prompt = cut_source(source, excess)
             if prompt is None:

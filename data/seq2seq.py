@@ -13,17 +13,17 @@ def token_limit(model, n_prefix, max_source, max_target):
     return min(max_source, model.max_positions), min(max_target, model.max_positions)
 
 
-def encode(examples, tokenizer, limit):
-    """Every (source, reference) of `examples` as a Pair, and a note on the cuts.
+def encode(tokens, limit):
+    """Every source with each of its references as a Pair, and a note on the cuts.
 
+    tokens: for each example those of its source and a list of its references'.
     limit: (tokens of a source, tokens of a target). Both lose what is too much before their </s>,
     as in the official code.
     """
     pairs, cut = Pairs(), [0, 0]
-    for example in examples:
-        source = tokenizer.source_ids(example.source)
-        for text in example.targets:
-            both = [source, tokenizer.target_ids(text)]
+    for source, targets in tokens:
+        for target in targets:
+            both = [source, target]
             for side, (ids, longest) in enumerate(zip(both, limit)):
                 if len(ids) > longest:
                     both[side] = ids[:longest - 1] + ids[-1:]

@@ -9,6 +9,7 @@ import torch
 
 from data import causal, tasks
 from data.batches import Batch, Pair, count_labels, epoch_batches
+from data.pairs import tokenized
 from data.tokenizer import Tokenizer, byte_level_bpe
 from fast import tries
 from model import pad
@@ -38,7 +39,7 @@ def some_pairs(split, vocab_size, data_dir):
         return drawn_pairs(LIKE_E2E, vocab_size, TABLES[split])
     examples = random.Random(0).sample(tasks.load("e2e", split, data_dir), TABLES[split])
     tokenizer = Tokenizer(byte_level_bpe(Path(__file__).parent))    # no file of its own: GPT-2's
-    pairs, _ = causal.encode(examples, tokenizer, 1024 - P)
+    pairs, _ = causal.encode(tokenized(examples, tokenizer), 1024 - P)
     # For another vocabulary the words are other ones, but as many.
     return [Pair([i % vocab_size for i in pair.ids], pair.start) for pair in pairs]
 

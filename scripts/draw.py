@@ -16,7 +16,7 @@ import torch
 
 import sample
 from data import own, tasks
-from data.pairs import pairs_of
+from data.pairs import pairs_of, tokenized
 from prefix import tensors_of
 from scripts.attention_shares import attention_shares
 from scripts.drawing import new_figure, plain_panel, render, save_pictures
@@ -148,8 +148,8 @@ def shares_of(generator, prefix, examples, limits):
     """
     model, tokenizer, kind = generator.model, generator.tokenizer, pairs_of(generator.model)
     n_prefix = max(part.size(4) for part in tensors_of(prefix))
-    pairs, _ = kind.encode([dataclasses.replace(e, targets=e.targets[:1]) for e in examples],
-                           tokenizer, kind.token_limit(model, n_prefix, *limits))
+    first = [dataclasses.replace(e, targets=e.targets[:1]) for e in examples]
+    pairs, _ = kind.encode(tokenized(first, tokenizer), kind.token_limit(model, n_prefix, *limits))
     names = prefix._fields if isinstance(prefix, tuple) else ("prefix",)
     used = [name for name, part in zip(names, tensors_of(prefix)) if part.size(4)]
     read = [attention_shares(model, prefix, pair) for pair in pairs]

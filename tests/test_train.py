@@ -28,7 +28,7 @@ import train
 from data import causal, paper
 from data.batches import count_labels
 from data.example import Example
-from data.pairs import dev_batches, encode_examples, load_examples
+from data.pairs import dev_batches, encode_examples, load_examples, tokenized
 from data.tokenizer import load_tokenizer
 from model import ExplicitAttention
 from prefix import target_loss
@@ -649,7 +649,7 @@ def test_a_pair_that_is_too_long_is_cut_or_refused_aloud(task, capsys):
     """Would catch: pairs dropped in silence, or a target cut so that its end is never learned."""
     tokenizer = load_tokenizer(task[1])
     examples = [Example("a" * 10, ("b" * 5,)), Example("c" * 30, ("d" * 5, "e" * 40))]
-    pairs, note = causal.encode(examples, tokenizer, limit=32)
+    pairs, note = causal.encode(tokenized(examples, tokenizer), limit=32)
     assert [len(p.ids) for p in pairs] == [21, 32]
     assert tokenizer.decode(pairs[1].ids) == " " + "c" * 22 + "<|endoftext|> ddddd <|endoftext|>"
     assert pairs[1].ids[:pairs[1].start] == tokenizer.source_ids("c" * 22)[:23] + [256]

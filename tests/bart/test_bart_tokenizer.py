@@ -8,6 +8,7 @@ import pytest
 
 from data import seq2seq
 from data.example import Example
+from data.pairs import tokenized
 from data.tokenizer import BARTTokenizer, load_tokenizer
 
 TEXTS = ["The Vaults pub near Café Adriatic has a 5 star rating.  Prices start at £30.",
@@ -114,14 +115,14 @@ def test_sources_and_targets_are_each_cut_and_keep_their_ends(bart_directory):
     """Would catch: a target that pays for a long source, a cut </s>, a cut in silence."""
     tokenizer = load_tokenizer(bart_directory)
     examples = [Example("a" * 20, ("b" * 3, "c" * 9)), Example("d", ("e",))]
-    pairs, note = seq2seq.encode(examples, tokenizer, (10, 6))
+    pairs, note = seq2seq.encode(tokenized(examples, tokenizer), (10, 6))
     read = [(tokenizer.decode(p.ids[:p.start]), tokenizer.decode(p.ids[p.start:])) for p in pairs]
     assert read == [("a" * 8, "bbb"), ("a" * 8, "cccc"), ("d", "e")]
     for pair in pairs:
         for ids in (pair.ids[:pair.start], pair.ids[pair.start:]):
             assert ids[0] == 0 and ids[-1] == 2
     assert note == ("of 3 pairs 2 had their source cut to 10 tokens, 1 their target to 6")
-    assert seq2seq.encode(examples[1:], tokenizer, (10, 6))[1] == ""
+    assert seq2seq.encode(tokenized(examples[1:], tokenizer), (10, 6))[1] == ""
     assert tokenizer.source_ids("d") == pairs[2].ids[:pairs[2].start]
     assert seq2seq.prompt(tokenizer, "d", 10) == (pairs[2].ids[:pairs[2].start], 0)
     assert seq2seq.prompt(tokenizer, "a" * 20, 10) == (pairs[0].ids[:pairs[0].start], 12)

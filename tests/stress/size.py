@@ -4,8 +4,8 @@
 
 Writes --count MB of sources, which sample.py answers with a model that says a word at once, and
 --count thousand lines to learn from, which are read and become pairs. Each in a child: it must not
-take more than 1 GB, 4 GB for a million pairs, and what it says must be one text for each line, and
-a pair for each line.
+take more than 1 GB, 4 GB for a million pairs (its helper processes included, and what they share
+counted in each), and what it says must be one text for each line, and a pair for each line.
 """
 import dataclasses
 import json
@@ -21,6 +21,7 @@ import train
 from data.pairs import digest, encode_examples, load_examples
 from pretrained.load import load_model
 from utils.cli import parse as parse_flags
+from utils.parallel import processes
 
 LINE = "name : Blue Spice {n} | food : Thai | area : riverside | price : cheap"
 
@@ -68,8 +69,10 @@ def main():
             def program(function=function, most=most):
                 began = time.process_time()
                 found = function()
-                memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss     # in KB
-                print(f"{memory >> 10} MB of memory, {time.process_time() - began:.0f} s of CPU")
+                memory = sum(resource.getrusage(who).ru_maxrss for who in (      # in KB
+                    resource.RUSAGE_SELF, *[resource.RUSAGE_CHILDREN] * processes()))
+                print(f"{memory >> 10} MB of memory, {time.process_time() - began:.0f} s of CPU "
+                      f"and {sum(os.times()[2:4]):.0f} s of helper processes")
                 if found or memory > most:
                     print(found)
                     os._exit(1)

@@ -109,7 +109,7 @@ def json_lines(path):
     """
     for number, line in enumerate(text_lines(path), 1):
         if line.strip():
-            yield f"{path}, line {number}", parse_json(line, path, number)
+            yield f"{path}, line {number}", parse_json(line.removesuffix("\n"), path, number)
 
 
 @contextlib.contextmanager

@@ -254,7 +254,8 @@ def test_the_test_split_is_the_file_beside_it(tmp_path):
 def test_a_bad_line_of_your_own_file_is_named(tmp_path, line, words):
     """Would catch a traceback, or a bad pair that is silently left out."""
     line = line if isinstance(line, bytes) else line.encode()
-    path = write(tmp_path / "my.jsonl", jsonl({"source": "a", "target": "b"}).encode() * 2 + line)
+    path = write(tmp_path / "my.jsonl", jsonl({"source": "a", "target": "b"}).encode() * 2 + line
+                 + b"\n")
     message = error_of(load, str(path), "train")
     assert message.startswith(f"{path}, line 3:") and words in message
 

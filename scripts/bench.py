@@ -5,13 +5,14 @@
     python -m scripts.bench decode --dtype bf16             beside peft and transformers
     python -m scripts.bench train --data-dir DIR            the same, a step of training
     python -m scripts.bench dev                             a dev set, with and without sharing
+    python -m scripts.bench layers --model llama            a prefix in the upper layers only
 
 `attention`: one layer of attention with a prefix that the batch shares, in every form of fast/; and
 "sdpa, no mask": PyTorch's, told that nothing is padded, as other implementations have it. Training
 is forward and backward, decoding one query a row. On a GPU a second column replays the same work as
 a CUDA graph: what is left when Python and the launches cost nothing. `decode`: a GPT-2 with random
-weights answers a batch, with a prefix, by our generate and by peft's. `train` and `dev` are
-bench_train.py's. A bench that is stopped keeps what it has measured.
+weights answers a batch, with a prefix, by our generate and by peft's. `train`, `dev`
+and `layers` are bench_train.py's. A bench that is stopped keeps what it has measured.
 """
 import dataclasses
 import datetime
@@ -35,7 +36,8 @@ from model import ExplicitAttention
 from pretrained.load import decide_device, name_of_dtype
 from sample import generate, sample_token
 from scripts.bench_data import P
-from scripts.bench_train import added, dev, in_turns, over_best_peft, same_weights, size_of, train
+from scripts.bench_train import (added, dev, in_turns, layers, over_best_peft, same_weights,
+                                 size_of, train)
 from scripts.peft_model import peft_model, random_model
 from utils.cli import flag, parse, run_program
 from utils.files import atomic_write
@@ -55,15 +57,16 @@ SHAPES = {  # B, H, T, S, P; D = 64. GPT-2 medium's 16 heads; batches and length
 
 @dataclasses.dataclass
 class Settings:
-    what: str = flag("", "attention, decode, train or dev")
+    what: str = flag("", "attention, decode, train, dev or layers")
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     dtype: str = flag("auto", "auto: bf16 on a GPU, else fp32", choices=["auto", "fp32", "bf16"])
-    model: str = flag("gpt2", "with random weights: GPT-2 small, on a GPU medium; or a Llama of "
-                              "SmolLM2's shape", choices=["gpt2", "llama"])
+    model: str = flag("gpt2", "with random weights: GPT-2 small, on a GPU medium; llama and toy: "
+                              "of SmolLM2's and tiny-gpt2's shape",
+                      choices=["gpt2", "llama", "toy"])
     rounds: int = flag(0, "turns that each form takes; 0: 5, on a GPU 10, of attention 50",
                        within=(0, 10 ** 6))
-    data_dir: str = flag("", "train and dev take E2E's texts from here; left out: lengths like "
-                             "E2E's are drawn")
+    data_dir: str = flag("", "train, dev and layers take E2E's texts from here; left out: lengths "
+                             "like E2E's are drawn")
     compile: bool = flag(False, "train: our step compiled, too; takes minutes more")
     out: str = flag("", "write the figures here too, as JSON lines")
 
@@ -230,14 +233,14 @@ def main(argv=None):
     texts = options | dict(data_dir=settings.data_dir)
     measures = {"attention": attention, "decode": partial(decode, **options),
                 "train": partial(train, **texts, compiled=settings.compile),
-                "dev": partial(dev, **texts)}
+                "dev": partial(dev, **texts), "layers": partial(layers, **texts)}
     if settings.what not in measures:
         raise ValueError(f"got {settings.what!r}; expected what to measure: {', '.join(measures)}; "
                          "`python -m scripts.bench attention`")
     if settings.compile and settings.what != "train" or (
-            settings.data_dir and settings.what not in ("train", "dev")):
+            settings.data_dir and settings.what not in ("train", "dev", "layers")):
         raise ValueError(f"got {settings.what} with --compile or --data-dir; expected them with "
-                         "train, --data-dir with dev too; leave them out")
+                         "train, --data-dir with dev and layers too; leave them out")
     device, dtype = decide_device(settings.device, settings.dtype)
     rounds = settings.rounds or (5 if device.type != "cuda" else
                                  50 if settings.what == "attention" else 10)

@@ -27,8 +27,10 @@ from pretrained.architectures import architecture
 from scripts.bench_data import TABLES, P, drawn_pairs, kinds_of_batches, make_case, some_pairs
 from scripts.peft_model import peft_model, random_model
 
+TOY = dict(vocab_size=1280, n_positions=192, n_embd=128, n_layer=4, n_head=4)   # tiny-gpt2's shape
 SIZES = {"gpt2": {"cpu": {}, "cuda": dict(n_embd=1024, n_layer=24, n_head=16)},     # small, medium
-         "llama": {"cpu": {}, "cuda": {}}}                                      # SmolLM2's shape
+         "llama": {"cpu": {}, "cuda": {}},                                      # SmolLM2's shape
+         "toy": {"cpu": TOY, "cuda": TOY}}
 CASES = {  # pairs in a batch, batches that are timed, lengths; None: E2E's own, if there
     "cpu": {"8 pairs": (8, 4, None), "40 pairs": (40, 1, None)},
     "cuda": {"32 x 96 tokens": (32, 1, ((56, 0), (40, 0))), "10 pairs": (10, 2, None),
@@ -323,8 +325,9 @@ def one_case(title, forms, models, batches, device, rounds):
 
 
 def size_of(name, device):
-    """The architecture and the config that are measured on this device."""
-    return name, architecture(name).config(**SIZES[name][device.type])
+    """The architecture and the config that are measured on this device, by the name in SIZES."""
+    kind = "gpt2" if name == "toy" else name
+    return kind, architecture(kind).config(**SIZES[name][device.type])
 
 
 def train(device, dtype, rounds, name, data_dir, compiled=False):
@@ -359,6 +362,32 @@ def train(device, dtype, rounds, name, data_dir, compiled=False):
                       f"{row['of the limit']:>10.0%}{row['MB']:>9.0f}{row['loss off']:>10.0e}"
                       f"{row['gradient off']:>10.0e}", flush=True)
             yield row
+
+
+def layers(device, dtype, rounds, name, data_dir):
+    """Print what a step takes with a prefix in the upper layers only, beside one in all; yield a
+    row of figures for each number of layers. Sources are shared as real_data.py shares them.
+    """
+    model = random_model(size_of(name, device), device, dtype)
+    total = len(model.blocks())
+    pairs = some_pairs("train", model.config.vocab_size, data_dir)
+    cases = kinds_of_batches(pairs, 12, 3, model, 3)["tables"]
+    steps = {}
+    for n in sorted({max(1, round(total * part / 6)) for part in (1, 2, 3, 4, 6)}, reverse=True):
+        start = Prefix.for_model(model, P, mid_dim=0, n_layers=n)
+        steps[n] = step_of(with_flags(str(n), model, start, 12, fast=True, share_source=3)), cases
+    most = max(cases, key=lambda case: case.ids.numel())
+    bytes_of = {n: added(partial(step, most), device) for n, (step, _) in steps.items()}
+    taken = in_turns(steps, device, rounds)
+    print(f"{'upper layers':>12}{'s/step':>10}{'/ all':>8}{'MB':>9}{'/ all':>8}")
+    for n in steps:
+        row = {"what": "12 pairs", "layers": n, "of": total, "s/step": taken[n] / len(cases),
+               "MB": bytes_of[n] / 1e6, "s/step over all": taken[n] / taken[total],
+               "MB over all": bytes_of[n] / bytes_of[total],
+               "texts": "E2E" if data_dir else "drawn"}
+        print(f"{n:>12}{row['s/step']:>10.3f}{row['s/step over all']:>8.2f}{row['MB']:>9.0f}"
+              f"{row['MB over all']:>8.2f}", flush=True)
+        yield row
 
 
 def dev(device, dtype, rounds, name, data_dir):

@@ -25,7 +25,7 @@ import torch
 import sample
 from data.toy_world import tables
 from scripts import draw_claims
-from scripts.draw_claims import SMALL, TINY, TUNED
+from scripts.draw_claims import SMALL, TINY, TUNED, UPPER
 from scripts.results import append_rows, lock_rows, read_rows, write_rows
 from scripts.scores import DEFAULT, sacrebleu_scores
 from utils.cli import flag, parse, run_program
@@ -38,9 +38,11 @@ PREFIX_RATES, TUNING_RATES = (1e-3, 3e-3), (3e-5, 1e-4, 3e-4, 1e-3)
 METHODS = {SMALL: ("prefix", ("--prefix-len", "9"), PREFIX_RATES),
            TINY: ("prefix", ("--prefix-len", "1"), PREFIX_RATES),
            TUNED: ("finetune", (), TUNING_RATES)}
+METHODS |= {method: ("prefix", ("--prefix-len", "9", "--prefix-layers", f"{4 - n}-3"), PREFIX_RATES)
+            for method, n in UPPER.items()}
 # Style -> size -> methods. The near style answers all three claims; the hard one shows the limit.
-PLAN = {"near": {size: (SMALL, TUNED) for size in STEPS} | {2000: (SMALL, TINY, TUNED)},
-        "hard": {2000: (SMALL, TINY, TUNED)}}
+PLAN = {"near": {size: (SMALL, TUNED) for size in STEPS} | {2000: (SMALL, TINY, TUNED, *UPPER)},
+        "hard": {2000: (SMALL, TINY, TUNED, *UPPER)}}
 SPLITS = ("dev-kinds", "test-seen", "test-unseen")
 
 

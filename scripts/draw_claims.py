@@ -14,6 +14,8 @@ from scripts.results import read_rows
 from utils.cli import flag, parse, run_program
 
 SMALL, TINY, TUNED = "prefix 1 %", "prefix 0.1 %", "fine-tuning"
+# The prefix of SMALL in the upper layers only, of the four that tiny-gpt2 has.
+UPPER = {f"{SMALL}, upper {n} layers": n for n in (3, 2, 1)}
 COLOURS = {SMALL: "tab:orange", TINY: "tab:red", TUNED: "tab:blue"}
 SCORES = {"slots": "slot accuracy", "exact": "exact match", "bleu": "BLEU"}
 SPLITS = {"test-seen": "seen kinds", "test-unseen": "unseen kinds"}
@@ -130,6 +132,20 @@ def table(results):
                                         for split in SPLITS) for score in SCORES)
                     rows.append(f"| {style} | {size:,} | {method} | "
                                 f"{results.chosen(style, size, method):g} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def layers_table(results):
+    """What is left of 2,000 tables' scores with a prefix in the upper layers only, in Markdown."""
+    rows = ["| style | layers with a prefix | rate | slots seen / unseen | exact seen / unseen | "
+            "BLEU seen / unseen |", "|---|---|---|---|---|---|"]
+    for style in ("near", "hard"):
+        for method, n in {SMALL: 4, **UPPER}.items():
+            if results.rates(style, 2000, method):
+                cells = (" / ".join("{:.1f} ± {:.1f}".format(*results.best(
+                    style, 2000, method, split, score)) for split in SPLITS) for score in SCORES)
+                rows.append(f"| {style} | {'all 4' if n == 4 else f'upper {n}'} | "
+                            f"{results.chosen(style, 2000, method):g} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

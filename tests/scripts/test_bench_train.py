@@ -139,6 +139,22 @@ def test_a_row_of_figures_for_each_form_of_a_step(name, monkeypatch, tmp_path, c
     assert "ours, fast, shared" in capsys.readouterr().out
 
 
+def test_a_row_of_figures_for_each_number_of_upper_layers(name, tmp_path, capsys):
+    """Would catch: figures beside the wrong number of layers, a ratio to something else."""
+    out = tmp_path / "figures.jsonl"
+    bench.main(["layers", "--model", name, "--device", "cpu", "--rounds", "1", "--out", str(out)])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    total = 2
+    assert [row["layers"] for row in rows] == list(range(total, 0, -1))
+    assert all(row["of"] == total for row in rows)
+    for column in ("s/step", "MB"):
+        assert all(row[f"{column} over all"] == row[column] / rows[0][column] for row in rows)
+    # The graph of a step ends at the lowest layer with a prefix, so less is kept.
+    memory = [row["MB"] for row in rows]
+    assert memory == sorted(memory, reverse=True) and len(set(memory)) == total > 1
+    assert "upper layers" in capsys.readouterr().out
+
+
 def test_the_dev_loss_is_the_same_with_each_source_read_once(name, monkeypatch, tmp_path):
     """Would catch: a comparison of a figure with another figure; a peft that reads padding."""
     peft_or_skip()

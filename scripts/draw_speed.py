@@ -4,11 +4,12 @@
 
 Reads these files and nothing else; all have to be of one machine. Needs matplotlib.
 """
+import dataclasses
 import sys
 
 from scripts.drawing import new_figure, plain_panel, save_pictures
 from scripts.results import read_rows
-from utils.cli import run_program
+from utils.cli import flag, parse, run_program
 
 # peft's usual way, which counts as 1, by dtype.
 USUAL = {"fp32": "peft, sdpa", "bf16": "peft, autocast"}
@@ -105,14 +106,21 @@ def draw(rows):
     return figure
 
 
-def main(paths=None, picture="docs/speed.png"):
-    rows = [row for path in (sys.argv[1:] if paths is None else paths)
+@dataclasses.dataclass
+class Settings:
+    results: list = flag([], "files that bench train and decode have written")
+    picture: str = flag("docs/speed.png", "where to draw")
+
+
+def main(argv=None):
+    settings = parse(Settings, argv, "Draw speed and memory beside peft's.", "results")
+    rows = [row for path in settings.results
             for row in read_rows(path, ("machine", "measure", "dtype", "what"))]
     if len({row["machine"] for row in rows}) != 1:
         raise ValueError("got no rows, or those of several machines; expected files that "
                          "scripts.bench train and decode wrote on one machine; name them, or "
                          "measure again")
-    if not save_pictures({picture: (draw, rows)}):
+    if not save_pictures({settings.picture: (draw, rows)}):
         sys.exit(2)
 
 

@@ -91,6 +91,16 @@ def test_a_wrong_flag_is_one_line_with_the_next_step(argv, words):
     assert "--help" in message or "expected" in message
 
 
+def test_words_without_a_flag_may_be_many():
+    """Would catch: one of several files left out, a flag that is taken for one of them."""
+    @dataclasses.dataclass
+    class Many:
+        files: list = flag([], "which")
+        out: str = flag("", "where")
+    assert parse(Many, ["--out", "x", "a", "b"], "a test", "files") == Many(["a", "b"], "x")
+    assert parse(Many, [], "a test", "files") == Many([], "")
+
+
 @pytest.mark.parametrize("argv", [["--learning-rate", "1e-4", "--max-new=7"],
                                   ["--lr", "1e-4", "--max-new-tokens", "7"]])
 def test_an_alias_is_the_same_flag(argv):

@@ -86,7 +86,8 @@ def parse(settings, argv, description, positional=None, notes="", hidden=()):
     """Read `argv` into an instance of the dataclass `settings`; `positional` names the field
     without dashes.
 
-    A field whose default is a list is a flag that may be repeated; one whose default is None stays
+    A field whose default is a list is a flag that may be repeated (as `positional`: any number of
+    words); one whose default is None stays
     None when it is left out. The attribute `given` of what is returned has the names of the fields
     that stand in argv. notes: shown at the end of --help. hidden: fields that --help does not
     name, for the caller refuses them. An unknown flag raises ValueError and names the flag that was
@@ -110,7 +111,7 @@ def parse(settings, argv, description, positional=None, notes="", hidden=()):
         about = {"help": argparse.SUPPRESS if field.name in hidden else
                  (field.metadata["help"] + (f" ({ends})" if ends else "")).replace("%", "%%")}
         if field.name == positional:
-            place.add_argument(field.name, nargs="?", **about)
+            place.add_argument(field.name, nargs="*" if repeated else "?", **about)
             continue
         names = ["--" + name.replace("_", "-") for name in (field.name, field.metadata["alias"])
                  if name]

@@ -215,4 +215,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, goes_on=True)

@@ -226,10 +226,11 @@ def test_a_program_ends_with_the_status_that_it_returns(capsys):
 
     def interrupted(*number):
         raise KeyboardInterrupt(*number)
-    for number, status in (((), 130), ((signal.SIGTERM,), 143)):
+    for number, status, goes_on in (((), 130, False), ((signal.SIGTERM,), 143, True)):
         with pytest.raises(SystemExit) as caught:
-            run_program(lambda number=number: interrupted(*number))
+            run_program(lambda number=number: interrupted(*number), goes_on=goes_on)
         assert caught.value.code == status
+        assert capsys.readouterr().err == f"interrupted{'; the same command goes on' * goes_on}\n"
 
 
 def test_an_error_without_a_file_is_of_the_standard_output(capsys):

@@ -161,13 +161,14 @@ def signals_interrupt():
             signal.signal(number, signal.SIG_DFL)
 
 
-def run_program(main, saving_flags="a smaller --batch-size"):
+def run_program(main, saving_flags="a smaller --batch-size", goes_on=False):
     """Call `main()` as a program, which ends with the status that it returns; None is 0.
 
     A user's mistake is one line on stderr and exit status 2; so is a lack of memory, with the flags
     that save some. Nothing is said where the reader of the output has gone. Anything else, as a
     mistake of our own or of a package, is one line too, with status 70 and how to see where it
-    comes from. Standard output is UTF-8, as every file is: another encoding may lack a letter of
+    comes from. goes_on: the same command takes up what it had done when it was interrupted, which
+    is said. Standard output is UTF-8, as every file is: another encoding may lack a letter of
     what is said after hours.
     """
     if signal.getsignal(signal.SIGINT) is leave:
@@ -196,7 +197,7 @@ def run_program(main, saving_flags="a smaller --batch-size"):
         sys.exit(141 if enough else 2)      # 128 + SIGPIPE
     except KeyboardInterrupt as error:
         with contextlib.suppress(OSError):              # the terminal may be gone
-            print("interrupted", file=sys.stderr)
+            print("interrupted" + "; the same command goes on" * goes_on, file=sys.stderr)
         sys.exit(128 + (error.args or (signal.SIGINT,))[0])
     except (SystemExit, GeneratorExit):
         raise

@@ -14,7 +14,7 @@ from data.toy_world.text import known_share
 from utils.parallel import parallel_map, processes
 from utils.terminal import progress
 
-# Letters from which it pays to start processes: a second or two of work for one of them.
+# More characters than these are shared between processes: a few seconds of work for one of them.
 MUCH_TEXT = 20_000_000
 PIECE = 500             # examples that a process does before it hands them over
 
@@ -78,9 +78,9 @@ def tokenized(examples, tokenizer):
                                                                 example.targets)))
                 for example in piece]
 
-    letters = sum(len(text) for example in examples for text in (example.source, *example.targets))
+    characters = sum(len(example.source) + sum(map(len, example.targets)) for example in examples)
     pieces = [examples[i:i + PIECE] for i in range(0, len(examples), PIECE)]
-    for found in parallel_map(tokens_of, pieces, processes() if letters > MUCH_TEXT else 1):
+    for found in parallel_map(tokens_of, pieces, processes() if characters > MUCH_TEXT else 1):
         yield from found
 
 

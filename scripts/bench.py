@@ -36,8 +36,16 @@ from model import ExplicitAttention
 from pretrained.load import decide_device, name_of_dtype
 from sample import generate, sample_token
 from scripts.bench_data import P
-from scripts.bench_train import (added, dev, in_turns, layers, over_best_peft, same_weights,
-                                 size_of, train)
+from scripts.bench_train import (
+    added,
+    dev,
+    in_turns,
+    layers,
+    over_best_peft,
+    same_weights,
+    size_of,
+    train,
+)
 from scripts.peft_model import peft_model, random_model
 from utils.cli import flag, parse, run_program
 from utils.files import atomic_write

@@ -15,7 +15,7 @@ from scripts.results import read_rows
 from utils.cli import flag, parse, run_program
 
 HOLDS, IN_PART, FAILS, WAITING = "holds", "in part", "does not hold", "not run yet"
-SIZES, LAYERS = (50, 100, 500), (30, 20, 15, 10, 5)
+SIZES = 50, 100, 500
 MAIN_STEPS = 720            # of 12 pairs each
 COLOURS = {"prefix words": "tab:orange", "prefix uniform": "tab:red", "finetune": "tab:blue"}
 NAMES = {"prefix words": "prefix from words", "prefix uniform": "prefix from random numbers",
@@ -157,9 +157,9 @@ def page_text(results):
 # ---- the picture
 
 def draw(results):
-    """Left: BLEU against the number of pairs; right: against the layers that have a prefix."""
-    figure = new_figure(10, 4)
-    left, right = figure.subplots(1, 2)
+    """BLEU on E2E against the number of pairs that were learned from."""
+    figure = new_figure(7, 4.5)
+    panel = figure.subplots()
     for method, colour in COLOURS.items():
         points = []
         for size in SIZES:
@@ -168,31 +168,24 @@ def draw(results):
                 points.append((size, *results.low(size, method)))
         if points:
             sizes, means, lows, highs = zip(*points)
-            left.errorbar(sizes, means, [[m - low for m, low in zip(means, lows)],
-                                         [high - m for m, high in zip(means, highs)]],
-                          color=colour, marker="o", capsize=3, label=NAMES[method])
+            panel.errorbar(sizes, means, [[m - low for m, low in zip(means, lows)],
+                                          [high - m for m, high in zip(means, highs)]],
+                           color=colour, marker="o", capsize=3, label=NAMES[method])
     for method, colour in (("prefix", "tab:orange"), ("finetune", "tab:blue")):
         if f"e2e-{method}" in results.rows:
-            left.plot([12 * MAIN_STEPS], [results.score(f"e2e-{method}")], marker="D", ls="",
-                      color=colour,
-                      label=f"{NAMES.get(method, 'prefix')}, {MAIN_STEPS} steps of 12")
-        left.plot([42_061], [float(PAPER[f"e2e-{method}"])], marker="*", ls="", ms=10,
-                  color=colour, label=f"paper, GPT-2 medium: {NAMES.get(method, 'prefix')}")
+            panel.plot([12 * MAIN_STEPS], [results.score(f"e2e-{method}")], marker="D", ls="",
+                       color=colour,
+                       label=f"{NAMES.get(method, 'prefix')}, {MAIN_STEPS} steps of 12")
+        panel.plot([42_061], [float(PAPER[f"e2e-{method}"])], marker="*", ls="", ms=10,
+                   color=colour, label=f"paper, GPT-2 medium: {NAMES.get(method, 'prefix')}")
     if "template-e2e" in results.rows:
-        left.axhline(results.score("template-e2e"), color="grey", ls=":", label="template by hand")
-    left.set_xscale("log")
-    left.set_xlabel("pairs that were learned from")
-    left.set_ylabel("BLEU on E2E's test set")
-    plain_panel(left, "SmolLM2-135M, greedy; bars: two samples")
-    left.legend(fontsize=7)
-    kept = [n for n in LAYERS if f"layers-{n}" in results.rows]
-    if kept:
-        right.plot(kept, [results.score(f"layers-{n}") for n in kept], marker="o",
-                   color="tab:orange")
-    right.set_xlabel("upper layers, of 30, that have a prefix")
-    plain_panel(right, "E2E, greedy, 240 steps of 12 pairs")
-    for panel in (left, right):
-        panel.grid(alpha=0.3)
+        panel.axhline(results.score("template-e2e"), color="grey", ls=":", label="template by hand")
+    panel.set_xscale("log")
+    panel.set_xlabel("pairs that were learned from")
+    panel.set_ylabel("BLEU on E2E's test set")
+    plain_panel(panel, "SmolLM2-135M, greedy; bars: two samples")
+    panel.legend(fontsize=7)
+    panel.grid(alpha=0.3)
     return figure
 
 

@@ -112,7 +112,7 @@ def plan(rows):
     for length in (1, 100):
         runs += train_runs("length", f"length-{length}", "e2e", "prefix", best["prefix"], *SHARED,
                            "--steps", "240", length=length)
-    # With the rate of the grid the prefix came apart on WebNLG (docs/real_data.md): half of it.
+    # With the rate of the grid WebNLG's prefix diverged (docs/real_data.md), so it has half of it.
     half = {"webnlg": {"prefix": [rate and rate / 2 for rate in best["prefix"]]}}
     for data, steps in (("webnlg", "500"), ("scitldr", "240")):
         for method in ("prefix", "finetune"):

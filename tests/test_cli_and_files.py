@@ -214,6 +214,9 @@ def test_out_of_memory_is_one_line_that_names_flags(capsys, error):
     assert caught.value.code == 70 and "out of memory" not in capsys.readouterr().err
 
 
+GOES_ON = "; run the same command again to go on"
+
+
 def test_a_program_ends_with_the_status_that_it_returns(capsys):
     """Would catch half a prefix that is scored: `train && evaluate` after a signal."""
     for returned, status in ((143, 143), (0, None), (None, None)):
@@ -230,7 +233,7 @@ def test_a_program_ends_with_the_status_that_it_returns(capsys):
         with pytest.raises(SystemExit) as caught:
             run_program(lambda number=number: interrupted(*number), goes_on=goes_on)
         assert caught.value.code == status
-        assert capsys.readouterr().err == f"interrupted{'; the same command goes on' * goes_on}\n"
+        assert capsys.readouterr().err == f"interrupted{GOES_ON * goes_on}\n"
 
 
 def test_an_error_without_a_file_is_of_the_standard_output(capsys):

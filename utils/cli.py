@@ -86,12 +86,11 @@ def parse(settings, argv, description, positional=None, notes="", hidden=()):
     """Read `argv` into an instance of the dataclass `settings`; `positional` names the field
     without dashes.
 
-    A field whose default is a list is a flag that may be repeated (as `positional`: any number of
-    words); one whose default is None stays
-    None when it is left out. The attribute `given` of what is returned has the names of the fields
-    that stand in argv. notes: shown at the end of --help. hidden: fields that --help does not
-    name, for the caller refuses them. An unknown flag raises ValueError and names the flag that was
-    probably meant.
+    A field whose default is a list is a flag that may be repeated, or as `positional` any number
+    of words that stand together; one whose default is None stays None when it is left out. The
+    attribute `given` of what is returned has the names of the fields that stand in argv. notes:
+    shown at the end of --help. hidden: fields that --help does not name, for the caller refuses
+    them. An unknown flag raises ValueError and names the flag that was probably meant.
     """
     parser = _OneLineParser(prog=program_of(settings), description=description, epilog=notes,
                             allow_abbrev=False,
@@ -197,7 +196,8 @@ def run_program(main, saving_flags="a smaller --batch-size", goes_on=False):
         sys.exit(141 if enough else 2)      # 128 + SIGPIPE
     except KeyboardInterrupt as error:
         with contextlib.suppress(OSError):              # the terminal may be gone
-            print("interrupted" + "; the same command goes on" * goes_on, file=sys.stderr)
+            again = "; run the same command again to go on" if goes_on else ""
+            print(f"interrupted{again}", file=sys.stderr)
         sys.exit(128 + (error.args or (signal.SIGINT,))[0])
     except (SystemExit, GeneratorExit):
         raise

@@ -4,10 +4,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, random_gpt2
 
 from data.paper import resolve_training
 from data.toy_world.tables import task
+from pretrained.architectures import parse_layers
 from scripts import claims, draw_claims
 from train import Settings
 from utils.cli import parse
@@ -82,6 +83,11 @@ def test_every_planned_run_is_a_command_that_train_accepts(tmp_path):
                                                                    job["seed"])
         if settings.method == "prefix":     # what is stored of the bundled model's 981,760
             assert settings.prefix_len * 2 * 4 * 128 / 981_760 < 0.0105
+    layers = {job["method"]: parse_layers(
+        parse(Settings, claims.command(job, "world", "run")[1:], "").prefix_layers, random_gpt2(
+            n_layer=4)) for job in jobs if job["method"].startswith("prefix")}
+    assert layers == {"prefix 1 %": 4, "prefix 0.1 %": 4, "prefix 1 %, upper 3 of 4 layers": 3,
+                      "prefix 1 %, upper 2 of 4 layers": 2, "prefix 1 %, upper 1 of 4 layers": 1}
     near = [job for job in jobs if job["style"] == "near" and job["method"] == "fine-tuning"]
     assert {(job["size"], job["lr"], job["seed"]) for job in near} == {
         (size, lr, seed) for size in (50, 100, 200, 500, 2000) for lr in claims.TUNING_RATES

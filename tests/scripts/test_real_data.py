@@ -38,6 +38,8 @@ def test_plan_waits_for_the_grids_and_then_has_every_group():
     assert "--prefix-len 100" in flags["length-100"]
     assert flags["low-50-1-prefix-words"].count("--prefix-len") == 0
     assert "--lr 3e-05" in flags["low-500-2-finetune"]
+    assert "--lr 0.001 " in flags["webnlg-prefix"] and "--lr 0.002 " in flags["scitldr-prefix"]
+    assert "--lr 0.0003 " in flags["webnlg-finetune"] + " "
 
 
 def test_little_data_are_samples_with_a_dev_set_of_their_own(real_data_dir, tmp_path):

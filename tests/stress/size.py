@@ -4,7 +4,7 @@
 
 Writes --count MB of sources, which sample.py answers with a model that says a word at once, and
 --count thousand lines to learn from, which are read and become pairs. Each in a child: it must not
-take more than 1 GB, 4 GB for a million pairs (its helper processes included, and what they share
+take more than 1 GB, 4 GB for a million pairs (its worker processes included, and what they share
 counted in each), and what it says must be one text for each line, and a pair for each line.
 """
 import dataclasses
@@ -72,7 +72,7 @@ def main():
                 memory = sum(resource.getrusage(who).ru_maxrss for who in (      # in KB
                     resource.RUSAGE_SELF, *[resource.RUSAGE_CHILDREN] * processes()))
                 print(f"{memory >> 10} MB of memory, {time.process_time() - began:.0f} s of CPU "
-                      f"and {sum(os.times()[2:4]):.0f} s of helper processes")
+                      f"and {sum(os.times()[2:4]):.0f} s of worker processes")
                 if found or memory > most:
                     print(found)
                     os._exit(1)

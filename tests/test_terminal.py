@@ -102,7 +102,7 @@ def test_in_a_file_progress_is_a_line_now_and_then(monkeypatch):
     now, file = [1000.0], io.StringIO()
     monkeypatch.setattr(time, "time", lambda: now[0])
     monkeypatch.setattr(sys, "stderr", file)
-    with terminal.progress(total=100) as bar:
+    with terminal.progress(total=100, name="the work") as bar:
         bar._time = lambda: now[0]
         bar.start_t = bar.last_print_t = now[0]
         for _ in range(60):                             # a minute, and a step each second
@@ -112,7 +112,7 @@ def test_in_a_file_progress_is_a_line_now_and_then(monkeypatch):
     lines = file.getvalue().split("\n")
     assert "\r" not in file.getvalue() and lines.pop() == ""
     assert 5 <= len(lines) <= 7
-    assert lines[1].startswith("20 of 100 (step), 00:20 so far, 01:20 to go, loss=1.25")
+    assert lines[1].startswith("the work: 20 of 100 (step), 00:20 so far, 01:20 to go, loss=1.25")
 
 
 def test_short_work_is_not_talked_about(monkeypatch):

@@ -28,8 +28,8 @@ def progress(items=None, total=None, initial=0, unit="step", name=None, unit_sca
 
     items, total, ...: as tqdm's. Write messages beside it with `note`.
     """
-    about = dict(total=total, initial=initial, unit=unit, desc=name, unit_scale=unit_scale,
-                 leave=leave)
+    about = dict(total=total, initial=initial, unit=unit, desc=name and f"{name}: ",
+                 unit_scale=unit_scale, leave=leave)
     if sys.stderr.isatty():
         return tqdm(items, **about, dynamic_ncols=True)
     return tqdm(items, **about, file=_Lines(), mininterval=10, delay=10, miniters=1,

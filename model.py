@@ -8,7 +8,7 @@ layers have the names of the Hugging Face checkpoint. Not here: the prefix (pref
 
 Letters, true in every file:
 B batch    T queries   S keys of the text   P prefix length   V vocabulary
-L layers   H heads     D head size          C width = H * D    N labels, or tokens of a tree
+L layers   H heads     D head size          C width             N labels, or tokens of a tree
 """
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 # ---- attention with a prefix
 
-def widen(x):
+def upcast(x):
     """x in fp32 or wider: bf16 and fp16 are too coarse for scores, logits and sums of squares."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -32,7 +32,7 @@ def attention_mask(key_mask, T, causal, tree=None):
               p0 p1    s0 s1 s2     P = 2, S = 3; the third token of the text is padding:
         t=0    1  1     1  0  0     key_mask = 1 1 1 1 0. The T queries are the last T of the S
         t=1    1  1     1  1  0     tokens, so the triangle stands in the lower right corner:
-        t=2    1  1     1  1  0     the last query sees the last key.
+        t=2    1  1     1  1  0     the last row hides only padding.
 
     key_mask: (1 or B, P+S) bool, False at padding; with a row each, prefixes may differ in length.
     causal: False where each query sees every key, as in an encoder.
@@ -47,7 +47,7 @@ def attention_mask(key_mask, T, causal, tree=None):
     triangle = torch.ones(T, keys, dtype=torch.bool, device=key_mask.device)    # (T, P+S)
     if causal:
         # The trap of a prefix: `is_causal=True` of PyTorch's fused attention puts the triangle in
-        # the upper left corner, where the first P tokens of the text would see too little.
+        # the upper left corner: each token would miss its P newest keys, its own included.
         triangle = triangle.tril(keys - T)
     return key_mask[:, None, None, :] & triangle                            # (1 or B, 1, T, P+S)
 
@@ -64,7 +64,7 @@ def attend(q, k, v, pk, pv, mask):
     if pk.size(2):                          # else there is nothing to put in front of the text
         k = torch.cat((pk.expand(len(k), -1, -1, -1), k), 2)    # (B, H, P+S, D)
         v = torch.cat((pv.expand(len(v), -1, -1, -1), v), 2)    # (B, H, P+S, D)
-    scores = (widen(q) / math.sqrt(q.size(-1))) @ widen(k).transpose(2, 3)      # (B, H, T, P+S)
+    scores = (upcast(q) / math.sqrt(q.size(-1))) @ upcast(k).transpose(2, 3)    # (B, H, T, P+S)
     # So low that the softmax makes it 0, but finite: a row of -inf alone would become NaN.
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     y = scores.softmax(-1).to(v.dtype) @ v                      # (B, H, T, D)
@@ -74,8 +74,8 @@ def attend(q, k, v, pk, pv, mask):
 class ExplicitAttention:
     """Attention as written above: what a model uses unless it is given another form.
 
-    A form makes its own mask, once for all layers of a forward pass, and hands it to each layer.
-    fast/ has other forms, proved to be the same function: `model.attention = another_form`.
+    A form (an implementation) makes its own mask, once for all layers of a forward pass. fast/ has
+    other forms, proved to be the same function: `model.attention = another_form`.
     """
     supports_tree = True        # `mask` knows texts that branch
     joins_prefix = True         # prefix and text become one tensor, so a KV cache may hold both
@@ -107,7 +107,7 @@ def linear_in_fp32(x, weight, bias=None):
     if weight.dtype.itemsize > 2:
         return F.linear(x, weight, bias)
     parts = weight.split(1024 if x.device.type == "cpu" else len(weight))   # they fit into a cache
-    y = torch.cat([F.linear(widen(x), widen(part)) for part in parts], -1)      # (..., V)
+    y = torch.cat([F.linear(upcast(x), upcast(part)) for part in parts], -1)      # (..., V)
     return y if bias is None else y + bias
 
 
@@ -140,7 +140,7 @@ class KVCache:
             raise ValueError(f"got token {end - self.n_prefix}, but this cache holds "
                              f"{self.kv.size(4) - self.n_prefix}; make it with more max_tokens")
         keys, values = self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
-        keys[:, :, self.length:] = k                                        # (B, H, P+S, D) each
+        keys[:, :, self.length:] = k                                        # (B, H, T, D) each
         values[:, :, self.length:] = v
         return keys, values
 
@@ -158,7 +158,7 @@ class DecodingStart(typing.NamedTuple):
 class LanguageModel(nn.Module):
     """What GPT-2 and every other model here have besides their layers. Each of them also has
     `word_embedding`, `width`, `max_positions`, `empty_prefix`, `hidden_states`, `head` and `blocks`
-    of its own, and no caller has to know which model it is.
+    of its own; callers only ask `is_encoder_decoder`.
     """
     is_encoder_decoder = False
 
@@ -177,9 +177,9 @@ class LanguageModel(nn.Module):
     def prefix_and_mask(self, prefix, n_layers, key_mask, T, causal, tree=None):
         """For each layer its keys and values, (2, 1 or B, H, P, D), and the attention's mask.
 
-        A prefix of fewer layers than the model has stands in front of the upper ones. Those below
-        see the text alone, at the positions that it has anyway; nothing that learns comes into
-        them, so they run without a graph, and the backward pass ends above them.
+        A prefix with fewer layers than the model belongs to the upper ones. The layers below see
+        only the text, at unchanged positions. Nothing trainable enters them, so they build no
+        graph, and the backward pass ends above them.
         """
         mask, below = self.attention.mask(key_mask, T, causal, tree), n_layers - len(prefix)
         layers = [(part, mask) for part in prefix]
@@ -198,7 +198,7 @@ class LanguageModel(nn.Module):
         # The text starts at position P, as in the official code: a prefix takes the place of P
         # tokens. Left padding shifts nothing, and prefixes of several lengths need no special case.
         positions = position_ids(key_mask, ids.size(1), tree)                   # (1 or B, T)
-        # Padding needs no position. Nor have branches that many, which nobody waits here to count.
+        # Keys count padding, positions do not. A tree skips this, as `.max()` waits for a GPU.
         if tree is None and keys > self.max_positions <= positions.max():
             n_prefix = prefix.size(4) + (0 if cache is None else cache.n_prefix)
             raise ValueError(f"got a prefix of {n_prefix} and {keys - n_prefix} tokens; expected "
@@ -234,7 +234,7 @@ class LanguageModel(nn.Module):
                              f"{len(prompts[row])} tokens; expected less than {self.max_positions} "
                              "together; shorten one of them")
         max_new_tokens = min(max_new_tokens, self.max_positions - used.item())
-        # The prefix is joined to the text at each step, or once, as the beginning of the cache.
+        # A prefix of all layers goes into the cache once; any other is read at every step.
         apart, cached = prefix, self.empty_prefix()
         if self.attention.joins_prefix and len(prefix) == len(cached):
             apart, cached = cached, apart
@@ -342,8 +342,8 @@ class GPT2(LanguageModel):
         return self.ln_f(x)                                                     # (B, T, C)
 
     def head(self, hidden):
-        """Logits of hidden states (..., C) -> (..., V), by the word embedding once more: only where
-        they are wanted, for it takes 38.6M multiplications a token for 50,257 words, all layers of
-        the smallest GPT-2 take 85M.
+        """Logits of hidden states (..., C) -> (..., V), by the tied word embedding. Computed only
+        where needed: it takes 38.6M multiplications a token for 50,257 words; all layers of the
+        smallest GPT-2 take 85M.
         """
         return self.head_product(hidden, self.head_weight)

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model import widen
+from model import upcast
 
 
 def flatten(prefix):
-    """(L, 2, 1, H, P, D) -> (P, 2LC): column ((2 * layer + {K: 0, V: 1}) * H + head) * D + i.
+    """(L, 2, 1, H, P, D) -> (P, 2LHD): column ((2 * layer + {K: 0, V: 1}) * H + head) * D + i.
 
     That is the order of the official code's MLP, and of PEFT's files.
     """
-    return prefix.squeeze(2).permute(3, 0, 1, 2, 4).flatten(1)                  # (P, 2LC)
+    return prefix.squeeze(2).permute(3, 0, 1, 2, 4).flatten(1)                  # (P, 2LHD)
 
 
 def unflatten(flat, shape):
@@ -40,7 +40,7 @@ class Prefix(nn.Module):
 
     empty: the model's `empty_prefix()`, or its upper layers; its shape tells L, H and D. width: C,
     of the model. length: P. mid_dim: k, the MLP's hidden width (512 for tables, 800 for XSum in the
-    paper); 0 leaves the MLP out and learns the P x 2LC numbers directly. init: "random" draws the
+    paper); 0 leaves the MLP out and learns P x 2LHD numbers directly. init: "random" draws the
     table from N(0, 1), PyTorch's default for an embedding; "uniform" from U(0, 1), the paper's
     random initialisation for low data; "words" as "random", until `initialize` is called.
     """
@@ -65,12 +65,12 @@ class Prefix(nn.Module):
     @classmethod
     def for_model(cls, model, length, mid_dim=512, init="random", n_layers=0):
         """A fresh prefix that fits `model`, for its upper n_layers; 0: for all."""
-        return cls(model.empty_prefix()[-n_layers:], model.width, length, mid_dim,
+        return cls(model.empty_prefix()[-n_layers:], model.width, length, mid_dim,  # [-0:]: all
                    init).to(model.device)
 
     def forward(self):
         """P_theta as the model takes it: (L, 2, 1, H, P, D), one copy for the whole batch."""
-        flat = self.table if self.mlp is None else self.mlp(self.table)         # (P, 2LC)
+        flat = self.table if self.mlp is None else self.mlp(self.table)         # (P, 2LHD)
         return unflatten(flat, self.shape)                                      # (L, 2, 1, H, P, D)
 
     @torch.no_grad()
@@ -89,7 +89,7 @@ class Prefix(nn.Module):
         Without an MLP they are copied. With one, theta is fitted to them: 500 steps of Adam on the
         mean squared error, as in the official low-data code. Returns the error that is left.
         """
-        flat = flatten(target[-self.shape[0]:]).float()                         # (P, 2LC)
+        flat = flatten(target[-self.shape[0]:]).float()                         # (P, 2LHD)
         if self.mlp is None:
             self.table.data.copy_(flat)
             return 0.0
@@ -104,14 +104,14 @@ class Prefix(nn.Module):
 
 def token_losses(logits, labels):
     """-log p of each token of labels (N,), from logits (N, V)."""
-    return F.cross_entropy(widen(logits), labels, reduction="none")             # (N,)
+    return F.cross_entropy(upcast(logits), labels, reduction="none")             # (N,)
 
 
 def target_loss(model, prefix, batch):
     """Equation 2: -log p(target | source) summed over the batch (data/batches.py), in nats.
 
     The label positions are the loss mask: there is a loss only where a token of a target, or its
-    end, is predicted. Only there is the head computed, the largest product of a small GPT-2.
+    end, is predicted. The head, a small GPT-2's largest product, is computed only there.
     """
     hidden = model.hidden_states(**batch.inputs, prefix=prefix)                 # (B, T, C)
     hidden = hidden.flatten(0, 1)[batch.label_positions]                        # (N, C)

@@ -65,7 +65,7 @@ def sequences_so_far(prompts, columns):
 def generate(model, prompts, constraints, prefix=None, sample=sample_token):
     """Continue each of `prompts`, lists of tokens of any lengths, token by token.
 
-    A row ends at its end token, after max_new_tokens, or when the row with the longest prompt has
+    A row ends at its end token, after max_new_tokens, or when the longest prefix and prompt have
     used all of the model's positions. prefix: see `DecodingState`. sample: logits (B, V) -> (B,).
     Returns each row's new tokens, without the end.
     """
@@ -110,8 +110,8 @@ class Settings:
                                         "finished: true, at once; false, if no other is better "
                                         "now; never, if none can become better",
                                choices=["true", "false", "never"])
-    no_repeat_ngram_size: int = flag(0, "this many tokens never follow each other twice, source "
-                                        "included; 0: they may", within=(0, 100_000),
+    no_repeat_ngram_size: int = flag(0, "no n-gram of this size occurs twice, source included; "
+                                        "0: off", within=(0, 100_000),
                                      alias="no-repeat")
     ban: list = flag([], "text each of whose tokens is never generated (\" the\" and \"the\" are "
                          "two), repeatable; left out, for tables by name: line breaks")

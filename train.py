@@ -10,7 +10,7 @@ A run is a directory (pretrained/run_directory.py), and sample.py decodes with i
 prefix and its loss are (prefix.py), the paper's other methods (baselines/), faster forms of the
 same step (fast/), scores (scripts/evaluate.py).
 """
-import utils.before_torch  # noqa: F401  sleeping threads, and what is missing in one sentence
+import utils.before_torch  # noqa: F401  passive OpenMP threads; names missing packages
 
 import copy
 import dataclasses
@@ -57,7 +57,7 @@ class Settings:
                                   "0; left out: in all")
     prefixes: str = flag("", "BART's places and, after =, their lengths where it is not "
                              "--prefix-len: encoder,decoder,cross=20; left out: all three")
-    mid_dim: int = flag(None, "hidden width of the MLP in front of the prefix; 0: no MLP; left "
+    mid_dim: int = flag(None, "hidden width of the prefix's MLP; 0: no MLP; left "
                               "out: 512, for summarising 800", kind=int, within=(0, 10_000))
     init: str = flag("random", "start from N(0, 1), from U(0, 1), or from the keys and values of "
                                "real words", choices=["random", "uniform", "words"])
@@ -69,13 +69,13 @@ class Settings:
     epochs: int = flag(None, "times that every pair is seen", kind=int, within=(1, 10 ** 9))
     steps: int = flag(None, "steps of the optimiser, in place of epochs", kind=int,
                       within=(1, 10 ** 9))
-    warmup: int = flag(0, "steps in which the lr rises; then it falls to 0 in a line",
+    warmup: int = flag(0, "steps of linear lr warmup; then linear decay to 0",
                        within=(0, 10 ** 9), alias="warmup-steps")
     batch_size: int = flag(None, "pairs in a batch", kind=int, within=(1, 100_000))
-    accumulate: int = flag(1, "batches in a step: it is that of a batch so many times larger, in "
+    accumulate: int = flag(1, "batches whose gradients are summed in a step: a larger batch in "
                               "the memory of one", within=(1, 100_000),
                            alias="gradient-accumulation-steps")
-    clip: float = flag(1.0, "longest gradient; longer ones are scaled down", within=(1e-12, 1e30),
+    clip: float = flag(1.0, "largest gradient norm (gradient clipping)", within=(1e-12, 1e30),
                        alias="max-grad-norm")
     weight_decay: float = flag(0.0, "AdamW's, on what learns", within=(0, 100))
     seed: int = flag(101, "of the prefix, the order of the data and the choice of examples",
@@ -95,10 +95,10 @@ class Settings:
                           choices=["explicit", "sdpa", "fused"])
     compile: bool = flag(False, "compile the step, once for each of a few shapes; needs a C++ "
                                 "compiler, on a GPU triton too, and minutes at the start")
-    gradient_checkpointing: bool = flag(False, "less memory for more work: compute each block "
-                                               "again on the way back")
-    share_source: int = flag(0, "so many targets of a source meet in a batch, their common "
-                                "beginnings computed once; 0: pairs meet at random",
+    gradient_checkpointing: bool = flag(False, "recompute each block in the backward pass: "
+                                               "less memory, more time")
+    share_source: int = flag(0, "up to this many targets of a source meet in a batch; the "
+                                "source is computed once; 0: pairs meet at random",
                              within=(0, 10_000))
     out: str = flag("", "directory of the run; left out: out/MODEL-DATA",
                     group="run: --resume out/tiny-gpt2-world")
@@ -167,12 +167,12 @@ class Trainer:
         # Only what learns is handed over: the optimiser could not touch a frozen weight.
         self.optimizer = torch.optim.AdamW(learner.parameters(), lr=settings.lr, betas=(0.9, 0.999),
                                            eps=1e-8, weight_decay=settings.weight_decay)
-        half = model.dtype == torch.float16     # gradients below 6e-8 would be lost: computed times
-        self.scaler = torch.amp.GradScaler(model.device.type, enabled=half)     # 2^16 or less
+        half = model.dtype == torch.float16     # gradients below 6e-8 would be lost, so the loss is
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=half)     # scaled up
         self.step, self.best_loss, self.first_loss = 0, math.inf, None      # steps done; dev losses
 
     def learning_rate(self):
-        """Up in a line for --warmup steps, then down in a line, to 0 after the last step."""
+        """Linear warmup for --warmup steps, then linear decay to 0 after the last step."""
         s = self.settings
         if self.step < s.warmup:
             return s.lr * (self.step + 1) / s.warmup
@@ -203,7 +203,7 @@ class Trainer:
     @torch.no_grad()
     def dev_loss(self, prefix=None, n=None):
         """-log p of a target token, averaged over the dev set, or over n batches of it."""
-        loss = self.loss if prefix is None else target_loss     # a compiled one is of one length
+        loss = self.loss if prefix is None else target_loss     # compiled for one prefix length
         prefix = (self.learner.fold() if prefix is None else prefix).to(self.model.dtype)
         losses = [loss(self.model, prefix, batch.to(self.model.device)) for batch in self.dev[:n]]
         return sum(torch.stack(losses).tolist()) / sum(batch.n_labels for batch in self.dev[:n])
@@ -260,7 +260,7 @@ def train(trainer):
         dev_loss = trainer.evaluate() if trainer.first_loss is None else trainer.best_loss
         while trainer.step < s.steps:
             if signals or 0 < s.stop_at <= trainer.step:
-                trainer.check_finite(trainer.dev_loss(n=1))        # never save what is lost
+                trainer.check_finite(trainer.dev_loss(n=1))        # never save a NaN state
                 trainer.save()
                 return signals[0] if signals else 0
             if epoch != trainer.step // per_epoch:
@@ -338,7 +338,7 @@ def main(argv=None):
         return stopped and 128 + stopped        # the exit status, 0 after --stop-at
     seconds = time.perf_counter() - began
     if settings.method == "prefix":
-        print("lower is better, 0 is perfect; the frozen model without a prefix has "
+        print("lower is better; the frozen model without a prefix has "
               f"{trainer.dev_loss(model.empty_prefix()):.3f}")
     print(f"dev loss {trainer.first_loss:.3f} -> {trainer.best_loss:.3f} per target token, "
           f"{seconds:.0f} s")

@@ -105,7 +105,7 @@ class DecoderLayer(nn.Module):
     def forward(self, x, prefix, cross_prefix, source_kv, attend, mask, cross_mask, cache, layer):
         k, v = self.self_attn.keys_and_values(x)                                # (B, H, T, D) each
         if cache is not None:
-            k, v = cache.extend(layer, k, v)                                    # (B, H, P+T, D)
+            k, v = cache.extend(layer, k, v)                # (B, H, ., D) each, all tokens so far
         y = self.self_attn(x, k, v, prefix, attend, mask)                       # (B, T, C)
         x = self.self_attn_layer_norm(x + y)
         k, v = source_kv                                                        # (B, H, S, D) each
@@ -115,7 +115,7 @@ class DecoderLayer(nn.Module):
 
 
 class Stack(nn.Module):
-    """The encoder, or the decoder: positions and layers. The words are shared by both."""
+    """The encoder, or the decoder: positions and layers. Word embeddings are shared."""
 
     def __init__(self, config, layers):
         super().__init__()
@@ -208,14 +208,14 @@ class BART(LanguageModel):
         if cache is not None:
             keys, n_tokens = keys + cache.length, T + cache.length - cache.n_prefix
         if key_mask is None:
-            key_mask = torch.ones(1, keys, dtype=torch.bool, device=ids.device)     # (1, P+T)
+            key_mask = torch.ones(1, keys, dtype=torch.bool, device=ids.device)     # (1, keys)
         # Positions start at 0 here, too; padding takes up positions, as in transformers.
         positions = torch.arange(n_tokens - T, n_tokens, device=ids.device)     # (T,)
         if tree is not None:                    # a token stands behind its own past
             positions = position_ids(key_mask[:, keys - n_tokens:], T, tree)    # (B, T)
         n_layers = len(self.decoder.layers)
         layers = self.prefix_and_mask(prefix.decoder, n_layers, key_mask, T, True, tree)
-        n_cross = prefix.cross.size(4) + encoded.kv.size(4) - encoded.key_mask.size(1)
+        n_cross = prefix.cross.size(4) + encoded.kv.size(4) - encoded.key_mask.size(1)  # decode: 0
         source_mask = F.pad(encoded.key_mask, (n_cross, 0), value=True)         # (1 or B, P+S)
         cross_layers = self.prefix_and_mask(prefix.cross, n_layers, source_mask, T, causal=False)
         x = self.decoder.embed(self.shared(ids), positions, n_tokens if tree is None else 0)
@@ -234,8 +234,8 @@ class BART(LanguageModel):
     def prefix_from_tokens(self, ids):
         """The keys and values that the model computes for P tokens, a list, as `ThreePrefixes`.
 
-        "cross" is exactly a source that begins with those tokens. "encoder" and "decoder" are
-        nearly that: there the text keeps its positions, and the tokens never see it.
+        "cross" is exactly those tokens, encoded alone, in front of the encoded source. "encoder"
+        and "decoder" only come close: the text keeps its positions.
         """
         tokens, empty = torch.tensor([ids], device=self.device), self.empty_prefix()    # (1, P)
         mask = self.attention.mask(torch.ones_like(tokens, dtype=torch.bool), len(ids), False)

@@ -35,7 +35,7 @@ class Pairs(collections.abc.Sequence):
         return len(self.starts)
 
     def __getitem__(self, i):
-        i = range(len(self))[i]                 # counted from the end, too, and a slice of them
+        i = range(len(self))[i]                 # resolves negative indices and slices
         if isinstance(i, range):
             return [self[j] for j in i]
         return Pair(self.tokens[self.ends[i - 1] if i else 0:self.ends[i]].tolist(), self.starts[i])
@@ -59,7 +59,7 @@ class Batch(typing.NamedTuple):
 def label_tensors(pairs, T):
     """The other fields of a Batch whose row b is pairs[b], padded behind to T tokens.
 
-    A token is predicted from the one before it.
+    Token t is predicted at position t - 1.
     """
     positions = [b * T + t - 1 for b, pair in enumerate(pairs)
                  for t in range(pair.start, len(pair.ids))]
@@ -90,13 +90,13 @@ def epoch_batches(pairs, batch_size, seed, epoch, share_source=0):
 
     Differs from the paper, whose batches are random: similar lengths mean little padding. Sorting
     all would fix which pairs meet, so only pools of 50 batches are sorted. A function of (seed,
-    epoch) alone: a resumed run needs no state to find its place. share_source: so many pairs of
-    one source stay together, except where a batch is full.
+    epoch) alone: a resumed run needs no state to find its place. share_source: up to that many
+    pairs of one source stay together if a batch has room.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     groups = group_by(range(len(pairs)), lambda i: source_of(pairs[i]) if share_source else i)
     if share_source:
-        for group in groups:            # others meet in every epoch
+        for group in groups:            # new neighbours each epoch
             group[:] = [group[i] for i in torch.randperm(len(group), generator=generator).tolist()]
         groups = [group[i:i + share_source] for group in groups
                   for i in range(0, len(group), share_source)]

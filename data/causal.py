@@ -18,7 +18,7 @@ def token_limit(model, n_prefix, max_source=None, max_target=None):
 
 
 def cut_source(ids, excess):
-    """`ids` without the last `excess` tokens of its source; None where nothing would be left."""
+    """`ids` minus `excess` tokens before its last, the separator; None where none is left."""
     if excess <= 0:
         return ids
     return ids[:-1 - excess] + ids[-1:] if excess <= len(ids) - 2 else None
@@ -27,8 +27,8 @@ def cut_source(ids, excess):
 def encode(tokens, limit):
     """Every source with each of its references as a pair of at most `limit` tokens, and a note.
 
-    tokens: for each example those of its source and a list of its references', as
-    `pairs.tokenized` has them.
+    tokens: for each example (tokens of its source, [tokens of each reference]), from
+    `pairs.tokenized`.
     The rule for a pair that is too long: the source loses its last tokens; where not one of them
     would be left, or the target alone is too long, the pair is refused. Returns (pairs, note); the
     note says how many were cut and refused, and is empty when none was. Raises ValueError when no

@@ -1,4 +1,4 @@
-"""Which kind of pairs a model learns from: causal.py or seq2seq.py, chosen here.
+"""From a data set to a model's pairs, made by causal.py or seq2seq.py.
 
 Both modules have the same functions: `token_limit`, `encode`, `collate`, `prompt_limit` and
 `prompt`.
@@ -43,7 +43,7 @@ def load_examples(settings):
 
 
 def settings_for(model, settings):
-    """train.py's settings with what only an encoder-decoder has filled in, or refused."""
+    """train.py's settings; those for encoder-decoders are filled in, or refused."""
     s = settings
     if model.is_encoder_decoder:
         return dataclasses.replace(s, max_source=s.max_source or seq2seq.MAX_SOURCE,

@@ -14,16 +14,16 @@ import torch
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
-    """One text that a beam has generated so far, or that is finished."""
+class Hypothesis:
+    """The text that a beam has generated so far, or one that is finished."""
     tokens: tuple = ()
-    chosen: float = 0.0             # sum of log p of the tokens chosen; texts compete by it
+    score_sum: float = 0.0          # sum of log p of the tokens chosen; texts compete by it
     log_p: float = 0.0              # sum of log p of all, forced ones included: what is returned
     parent: int = 0                 # the beam of the step before that it continues
 
     def score(self, length_penalty):
         """At penalty 1 the mean log p of a token; a larger penalty favours long texts."""
-        return self.chosen / len(self.tokens) ** length_penalty
+        return self.score_sum / len(self.tokens) ** length_penalty
 
 
 @dataclasses.dataclass
@@ -43,7 +43,7 @@ class Beams:
             return                  # other sources of the batch are not; nothing more is finished
         # Only the best K candidates may end: a worse one would not have become a beam.
         self.finished += [t for t, end in zip(candidates[:num_beams], ends)
-                          if end and t.chosen > float("-inf")]
+                          if end and t.score_sum > float("-inf")]
         self.finished.sort(key=lambda t: -t.score(length_penalty))
         del self.finished[num_beams:]
         if last:
@@ -53,7 +53,7 @@ class Beams:
             # with a penalty above 0 a longer text may do better: "never" takes the longest length.
             longest = early_stopping == "never" and length_penalty > 0
             length = constraints.max_new_tokens if longest else n
-            best_possible = self.running[0].chosen / length ** length_penalty
+            best_possible = self.running[0].score_sum / length ** length_penalty
             self.done = (early_stopping == "true" or
                          best_possible <= self.finished[-1].score(length_penalty))
 
@@ -64,17 +64,17 @@ def continuations(scores, log_p, beams, count):
     scores, log_p: (B, K, V), log-probabilities with and without the constraints.
     """
     V = scores.size(2)
-    so_far = torch.tensor([[t.chosen for t in b.running] for b in beams], dtype=scores.dtype
+    so_far = torch.tensor([[t.score_sum for t in b.running] for b in beams], dtype=scores.dtype
                           ).to(scores.device, non_blocking=True)                # (B, K)
     total = (scores + so_far[:, :, None]).flatten(1)                            # (B, K*V)
     best, indices = total.topk(count)                                           # (B, count) each
     true = log_p.flatten(1).gather(1, indices)                                  # (B, count)
-    # All in one tensor: to read one Python waits for a GPU. fp32 has every integer below 2^24.
+    # One tensor, so Python waits for the GPU only once; fp32 holds integers exactly to 2^24.
     found = torch.stack((best, true, indices // V, indices % V)).tolist()
     for b, *row in zip(beams, *found):
-        yield [Text((*b.running[int(at)].tokens, int(token)), chosen,
-                    b.running[int(at)].log_p + more, int(at)) for chosen, more, at, token
-               in zip(*row)]
+        yield [Hypothesis((*b.running[int(at)].tokens, int(token)), score,
+                          b.running[int(at)].log_p + more, int(at))
+               for score, more, at, token in zip(*row)]
 
 
 @torch.no_grad()
@@ -90,12 +90,12 @@ def beam_search(state, constraints, num_beams=5, length_penalty=1.0, early_stopp
     constraints = dataclasses.replace(constraints, max_new_tokens=min(
         constraints.max_new_tokens, state.max_new_tokens))
     logits = state.logits[:, None]                                              # (B, 1, V)
-    # Of each beam one continuation for each end may end, and one more has to be able to go on.
+    # With E end tokens, at most K * E of K * (1 + E) candidates end, so K can go on.
     each = 1 + len(constraints.ends())
     if num_beams * each > logits.size(2):
         raise ValueError(f"got {num_beams} beams and a vocabulary of {logits.size(2)}; expected at "
                          f"most {logits.size(2) // each}; use fewer beams")
-    beams = [Beams([Text()]) for _ in state.prompts]
+    beams = [Beams([Hypothesis()]) for _ in state.prompts]
     tree = logits.new_zeros(len(beams), 1, 0, dtype=torch.bool)                 # (B, 1, 0)
     own = torch.eye(num_beams, dtype=torch.bool, device=logits.device).expand(len(beams), -1, -1)
     for step in range(constraints.max_new_tokens):
@@ -114,5 +114,5 @@ def beam_search(state, constraints, num_beams=5, length_penalty=1.0, early_stopp
         past = tree.gather(1, parents[:, :, None].expand(-1, -1, tree.size(2)))     # (B, K, N)
         tree = torch.cat((past, own), 2)                                        # (B, K, N+K)
         logits = state.step(newest, tree)                                       # (B, K, V)
-    best = [b.finished[0] if b.finished else Text() for b in beams]
+    best = [b.finished[0] if b.finished else Hypothesis() for b in beams]
     return [(constraints.until_end(t.tokens), t.log_p) for t in best]

@@ -29,7 +29,7 @@ class Constraints:
     max_new_tokens: int = 100       # tokens at most, the end included
     min_new_tokens: int = 0         # tokens before the end is allowed
     banned_tokens: tuple = ()       # tokens that are never generated
-    no_repeat_ngram_size: int = 0   # no n tokens follow each other twice, prompt included; 0: may
+    no_repeat_ngram_size: int = 0   # no n-gram occurs twice, prompt included; 0: off
     forced_bos_token_id: int | None = None      # the token that every text begins with
     forced_eos_token_id: int | None = None      # that a text of max_new_tokens tokens ends with
     more_ends: tuple = ()           # tokens that end a text, too
@@ -84,8 +84,8 @@ def constraints_of(model, tokenizer, ban=(), **settings):
     """The `Constraints` of a model and its tokenizer, with the fields `settings`: the end and what
     the model's makers force and end a text with. ban: texts whose tokens are never generated.
 
-    Nor is a row of the word embedding that the vocabulary has no token for, as of a model that was
-    resized: nobody could read it.
+    Rows of the word embedding without a token in the vocabulary, as in a resized model, are never
+    generated either.
     """
     makers = model.generation_config
     ends = makers.get("eos_token_id", [])

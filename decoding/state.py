@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 
 def stack_prefixes(prefix, B):
-    """Prefixes of different lengths as one of B rows (L, 2, B, H, P, D), and its mask (B, P), on
-    the CPU.
+    """Prefixes of different lengths stacked in (L, 2, B, H, P, D), and their mask (B, P), on the
+    CPU.
 
     prefix: a list of B folded ones (L, 2, 1, H, P_b, D), or one (L, 2, 1 or B, H, P, D), which
     stays as it is. A shorter one stands on the right, next to the text, and the columns on its left
@@ -57,7 +57,7 @@ class DecodingState:
         self.logits = self.read(start.ids, self.key_mask)[:, -1]                # (B, V)
 
     def read(self, ids, key_mask, tree=None):
-        """Logits of the newest of the tokens ids (B, T), (B, 1, V); with a tree of all, (B, T, V).
+        """Read ids (B, T). Logits of the last one (B, 1, V), or with a tree of all T (B, T, V).
         """
         hidden = self.model.hidden_states(ids, key_mask=key_mask, cache=self.cache, tree=tree,
                                           **self.inputs)                        # (B, T, C)
@@ -66,8 +66,8 @@ class DecodingState:
     def all_done(self, done, step):
         """Whether all of done (B,) are True, as far as is known after step number `step`.
 
-        To look, Python has to wait for a GPU: there it looks every 8 steps. On a CPU it looks at
-        each, for a step more than is needed costs time there.
+        Reading `done` makes Python wait for the GPU, so there it is read every 8 steps. A CPU
+        reads it at every step: that is free, an extra step is not.
         """
         known = self.model.device.type == "cpu" or step % 8 == 7
         return known and bool(done.all())

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model import LanguageModel, widen
+from model import LanguageModel, upcast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        wide = widen(x)
+        wide = upcast(x)
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)                                   # (B, T, C)
 
@@ -52,28 +52,28 @@ def rotation(positions, config, dtype):
     The pair of numbers (x_i, x_{i + D/2}) of a head turns by position * theta^(-2i/D), so the
     product of a query and a key depends on their distance (RoFormer, Su et al. 2021).
     """
-    i = torch.arange(0, config.head_dim, 2, device=positions.device).float()    # (D/2,)
-    frequencies = config.rope_theta ** (-i / config.head_dim)                   # (D/2,)
+    i = torch.arange(config.head_dim // 2, device=positions.device).float()    # (D/2,)
+    frequencies = config.rope_theta ** (-2 * i / config.head_dim)               # (D/2,)
     angles = positions[:, None, :, None] * frequencies                  # (1 or B, 1, T, D/2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x, cos, sin):
-    """Turn x (B, H, T, D): the first half of a head's numbers with the second half as partners."""
+    """Rotate x (B, H or G, T, D) in pairs D/2 apart, as HF has them (RoFormer: neighbours)."""
     a, b = x.chunk(2, -1)                                                       # (B, H, T, D/2)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)                # (B, H, T, D)
 
 
-def repeat_heads(x, groups):
-    """(B, G, S, D) -> (B, G * groups, S, D): each key-value head serves `groups` query heads."""
-    return x if groups == 1 else x.repeat_interleave(groups, 1)
+def repeat_heads(x, n_rep):
+    """(B, G, S, D) -> (B, G * n_rep, S, D): each key-value head serves n_rep query heads."""
+    return x if n_rep == 1 else x.repeat_interleave(n_rep, 1)
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.head_dim
-        self.groups = config.num_attention_heads // config.num_key_value_heads
+        self.n_rep = config.num_attention_heads // config.num_key_value_heads
         C, queries = config.hidden_size, config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(C, queries, bias=False)
@@ -92,13 +92,13 @@ class Attention(nn.Module):
             k, v = cache.extend(layer, k, v)                                    # (B, G, S, D) each
         # A prefix key stands in the place of a key after its rotation: it is used as it is stored.
         # Cache and prefix keep the G heads; only `attend` sees them repeated.
-        k, v, pk, pv = (repeat_heads(y, self.groups) for y in (k, v, *prefix))  # (B, H, ., D) each
+        k, v, pk, pv = (repeat_heads(y, self.n_rep) for y in (k, v, *prefix))   # (B, H, ., D) each
         y = attend(q, k, v, pk, pv, mask)                                       # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))                        # (B, T, C)
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020): one half of the inner layer is a gate for the other."""
+    """SwiGLU (Shazeer 2020): one projection of x gates another, elementwise."""
 
     def __init__(self, config):
         super().__init__()

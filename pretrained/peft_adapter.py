@@ -1,6 +1,6 @@
 """A prefix as the package peft stores it: a directory with adapter_config.json and its weights.
 
-For GPT-2 and a Llama it is the very same numbers: one tensor `prompt_embeddings` (P, 2LC), whose
+For GPT-2 and a Llama it is the very same numbers: one tensor `prompt_embeddings` (P, 2LHD), whose
 column is ((2 * layer + {K: 0, V: 1}) * H + head) * D + i; of a Llama H are the key-value heads, in
 peft's `token_dim` and `num_attention_heads` too. peft stores it folded, with projection (its word
 for the MLP) or without. A BART's prefixes have no such form: peft has none for the encoder and for
@@ -62,7 +62,7 @@ def write_peft(run, out):
         raise ValueError(f"got {run}, a prefix of the upper {L} of {len(model.empty_prefix())} "
                          "layers; expected one of all: peft's format has no other; train it "
                          "without --prefix-layers")
-    flat = flatten(prefix).contiguous()                                         # (P, 2LC)
+    flat = flatten(prefix).contiguous()                                         # (P, 2LHD)
     name = run_settings(run)["model"]
     about = {"peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": P,
              "token_dim": H * D, "num_layers": L, "num_attention_heads": H,
@@ -101,7 +101,7 @@ def read_config(directory):
 
 
 def read_weights(directory):
-    """The tensor `prompt_embeddings` (P, 2LC) of peft's directory; ValueError if it has none."""
+    """The tensor `prompt_embeddings` (P, 2LHD) of peft's directory; ValueError if it has none."""
     path = next((p for p in map(Path(directory).joinpath, WEIGHTS) if p.exists()), None)
     if path is None:
         raise ValueError(f"got {directory} without {' or '.join(WEIGHTS)}; expected one of them; "
@@ -113,7 +113,7 @@ def read_weights(directory):
     if flat.dim() != 2 or not flat.is_floating_point():
         raise ValueError(f"got {path} with {', '.join(list(state)[:3]) or 'nothing'}, its "
                          f"prompt_embeddings {flat.dtype} of shape {tuple(flat.shape)}; expected "
-                         "one tensor prompt_embeddings (P, 2LC) of floating point; save it again "
+                         "one tensor prompt_embeddings (P, 2LHD) of floating point; save it again "
                          "with peft")
     if path.suffix == ".safetensors":
         from safetensors import safe_open

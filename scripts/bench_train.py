@@ -48,7 +48,7 @@ class Form(typing.NamedTuple):
     """One way to do a step."""
     name: str
     loss: typing.Callable       # Case -> -log p of a target token, the mean over the batch
-    learns: torch.Tensor        # (P, 2LC), the only thing that learns
+    learns: torch.Tensor        # (P, 2LHD), the only thing that learns
     kind: str = "alike"         # the batches it learns from, see `kinds_of_batches`
 
 
@@ -144,7 +144,7 @@ def differences(forms, reference, batches):
 
     def both(form, case):
         loss = form.loss(case)
-        return loss.item(), torch.autograd.grad(loss, form.learns)[0]           # (P, 2LC)
+        return loss.item(), torch.autograd.grad(loss, form.learns)[0]           # (P, 2LHD)
     for form in forms:
         case = batches[form.kind][0]
         if form.kind not in right:

@@ -156,7 +156,7 @@ def test_the_toy_says_what_it_is_for(tmp_path, monkeypatch, capsys):
     assert "has ever seen 50% of the words of my.csv" in out
     assert "decode with: python sample.py --run 'my run' 'Der Zug hielt " in out
     before, after = out.split("the frozen model without a prefix has ")
-    assert before.endswith("lower is better, 0 is perfect; ") and float(after.split("\n")[0]) > 3
+    assert before.endswith("lower is better; ") and float(after.split("\n")[0]) > 3
     shutil.copytree(ROOT / "weights/tiny-gpt2", tmp_path / "another")
     for more in (["--data", "my.csv", "--model", "another"], ["--examples", "3"]):
         train.main([*more, "--steps", "1", "--dev-pairs", "2", "--device", "cpu"])

@@ -30,7 +30,7 @@ def test_theta_is_a_table_and_an_mlp_with_one_tanh(model):
     """Section 4.3, written out. Would catch: another activation, or a layer too many."""
     prefix = Prefix.for_model(model, 5, 16)
     (W, b), (U, c) = ((layer.weight, layer.bias) for layer in (prefix.mlp[0], prefix.mlp[2]))
-    flat = torch.tanh(prefix.table @ W.T + b) @ U.T + c                     # (P, 2LC)
+    flat = torch.tanh(prefix.table @ W.T + b) @ U.T + c                     # (P, 2LHD)
     assert torch.allclose(prefix()[1, 0, 0, 2, :, 3], flat[:, ((2 * 1 + 0) * 4 + 2) * 6 + 3],
                           rtol=1e-5)                                        # fp32 sums of 24 terms
     assert W.shape == (16, 24) and U.shape == (2 * 3 * 24, 16)

@@ -15,7 +15,6 @@ import random
 import statistics
 import sys
 import time
-import typing
 from pathlib import Path
 
 import torch
@@ -25,25 +24,13 @@ from baselines import untrained
 from data import tasks
 from pretrained.run_directory import mend, remove_unsaved
 from scripts.evaluate import parts_of, scores_of
+from scripts.real_data_plan import DECIDES, GROUPS, full_plan, incomplete_grids, plan, repeats
 from scripts.results import append_rows, lock_rows, read_rows, write_rows
 from utils.cli import flag, parse, run_child, run_program
 from utils.files import lock, make_folder, read_json, read_json_object
 
 HERE = Path(__file__).parent.parent
-RATES = {"prefix": (5e-4, 1e-3, 2e-3), "finetune": (3e-5, 1e-4, 3e-4),
-         "finetune-top2": (1e-4, 3e-4, 1e-3)}
-SHARED = ("--batch-size", "12", "--share-source", "3", "--warmup", "20", "--dev-pairs", "100")
-LOW = {50: 100, 100: 100, 500: 200}             # pairs to learn from -> steps of 10
 KEYS = ("name", "group")                        # of every line of the results
-GROUPS = ("untrained", "grid", "low-grid", "layers", "low", "main", "length", "webnlg", "scitldr")
-
-
-class Run(typing.NamedTuple):
-    group: str
-    name: str
-    data: str
-    flags: tuple = ()       # of train.py; (): nothing is trained
-    beams: bool = False     # decode with the paper's beams, too
 
 
 @dataclasses.dataclass
@@ -53,85 +40,10 @@ class Settings:
     out: str = flag("out/real-data", "directory of the runs")
     results: str = flag("docs/results/real-data.jsonl", "a line for each run")
     only: list = flag([], f"{', '.join(GROUPS)}, full; repeatable; none given: all but full")
+    again: list = flag([], "a run, e2e-prefix say, to repeat with two more seeds; repeatable")
     full: bool = flag(False, "the paper's settings and epochs on E2E, WebNLG and DART, for a GPU")
     limit: int = flag(0, "decode the first so many tables of a test set only; 0: all",
                       within=(0, 10 ** 6))
-
-
-# ---- what is run
-
-def best_rate(rows, group, method):
-    """The rate with the lowest dev loss in the grid of a method; None while one is missing."""
-    losses = {row["lr"]: row["best_dev_loss"] for row in rows
-              if row["group"] == group and row["method"] == method}
-    return min(losses, key=losses.get) if len(losses) == len(RATES[method.split()[0]]) else None
-
-
-def method_flags(method, lr, length=10):
-    """The flags of a method: "prefix words" starts from the paper's "table-to-text:", "prefix
-    uniform" at random, both with the length of those words, 6.
-    """
-    kind, *init = method.split()
-    flags = ["--method", kind, "--lr", str(lr)]
-    if init:
-        flags += ["--init", *init]
-    if kind == "prefix" and init != ["words"]:
-        flags += ["--prefix-len", "6" if init else str(length)]
-    return tuple(flags)
-
-
-def train_runs(group, name, data, method, rates, *flags, beams=False, length=10):
-    """One run for each of `rates`; no run where the grid has not decided yet (None)."""
-    return [Run(group, f"{name}-{lr:g}" if "grid" in group else name, data,
-                (*method_flags(method, lr, length), *flags), beams) for lr in rates if lr]
-
-
-def plan(rows):
-    """Every run whose rate is known from the rows so far, by docs/real_data.md."""
-    runs = [Run("untrained", f"{what}-{data}", data) for what in ("template", "chat")
-            for data in ("e2e", "webnlg")] + [Run("untrained", "chat-scitldr", "scitldr")]
-    for method, rates in RATES.items():
-        runs += train_runs("grid", f"grid-{method}", "e2e", method, rates, *SHARED, "--steps",
-                           "60", "--dev-every", "20")
-    for method in ("prefix words", "prefix uniform", "finetune"):
-        name = method.replace(" ", "-")
-        runs += train_runs("low-grid", f"low-grid-{name}", "low-100-1", method,
-                           RATES[method.split()[0]], *low_flags(100))
-        for size in LOW:
-            for part in (1, 2):
-                runs += train_runs("low", f"low-{size}-{part}-{name}", f"low-{size}-{part}",
-                                   method, [best_rate(rows, "low-grid", method)],
-                                   *low_flags(size))
-    best = {method: [best_rate(rows, "grid", method)] for method in RATES}
-    for first in (0, 10, 15, 20, 25):
-        runs += train_runs("layers", f"layers-{30 - first}", "e2e", "prefix", best["prefix"],
-                           *SHARED, "--steps", "240", "--prefix-layers", f"{first}-29")
-    for method in RATES:
-        runs += train_runs("main", f"e2e-{method}", "e2e", method, best[method], *SHARED,
-                           "--steps", "720", beams=True)
-    for length in (1, 100):
-        runs += train_runs("length", f"length-{length}", "e2e", "prefix", best["prefix"], *SHARED,
-                           "--steps", "240", length=length)
-    # With the rate of the grid WebNLG's prefix diverged (docs/real_data.md), so it has half of it.
-    half = {"webnlg": {"prefix": [rate and rate / 2 for rate in best["prefix"]]}}
-    for data, steps in (("webnlg", "500"), ("scitldr", "240")):
-        for method in ("prefix", "finetune"):
-            rates = half.get(data, best).get(method, best[method])
-            runs += train_runs(data, f"{data}-{method}", data, method, rates, *SHARED,
-                               "--steps", steps)
-    return runs
-
-
-def low_flags(size):
-    steps = LOW[size]
-    return ("--batch-size", "10", "--steps", str(steps), "--warmup", str(steps // 5),
-            "--dev-every", str(steps // 10), "--dev-pairs", "0")
-
-
-def full_plan():
-    """The paper's own runs: no flag but the method, so every setting is that of its table 6."""
-    return [Run("full", f"full-{data}-{method}", data, ("--method", method), True)
-            for data in ("e2e", "webnlg", "dart") for method in RATES]
 
 
 # ---- one run
@@ -171,6 +83,7 @@ def train(run, settings, out):
             words += ["--data-dir", settings.data_dir]
     else:
         mend(out)
+        refuse_another(run, settings, out)
         words = ["train.py", "--resume", str(out)]
     calls = out.with_name(f"{out.name}.parts.jsonl")    # the rate in a name has a point of its own
     parts = read_rows(calls)                            # of a run that was stopped
@@ -185,7 +98,7 @@ def train(run, settings, out):
     losses = [(row["step"], round(row["dev_loss"], 4)) for row in log if "dev_loss" in row]
     asked = about["settings"]
     method = asked["method"] + ("" if asked["init"] == "random" else f" {asked['init']}")
-    return {"method": method, "lr": asked["lr"], "steps": asked["steps"],
+    return {"method": method, "lr": asked["lr"], "seed": asked["seed"], "steps": asked["steps"],
             "parameters": about["parameters"], "dev_losses": losses,
             "best_dev_loss": min(loss for _, loss in losses), "commit": about["commit"],
             "tokens_per_second": statistics.median(
@@ -194,22 +107,50 @@ def train(run, settings, out):
             "peak_MB": max(part["peak_MB"] for part in parts)}
 
 
+def refuse_another(run, settings, out):
+    """Raises ValueError where `out` has a run with another model or other flags than `run`."""
+    wanted = {"model": settings.model} | {
+        name[2:].replace("-", "_"): value for name, value in zip(run.flags[::2], run.flags[1::2])}
+    found = read_json(out / "config.json")["settings"]
+    other = {name: found.get(name) for name, value in wanted.items()
+             if str(found.get(name)) != value}
+    if other:
+        raise ValueError(f"got {out}, a run with {other}; expected "
+                         f"{ {name: wanted[name] for name in other} }; move it away, or name "
+                         "another --out")
+
+
+def folder_of_texts(out, settings, beams):
+    """Where the texts and scores of one way to decode lie."""
+    return out / (("beams" if beams else "greedy") + (f"-{settings.limit}" * bool(settings.limit)))
+
+
 def decode(run, settings, out, beams):
-    """Score the test set by scripts.evaluate: {part: scores}, and for E2E what is said."""
+    """Score the test set by scripts.evaluate: {part: scores}, and for E2E what is said. Raises
+    ValueError where the score that decides could not be computed: the texts are kept.
+    """
     data = "e2e" if run.data.startswith("low-") else run.data
     words = ["-m", "scripts.evaluate", "--run", str(out), "--data", data]
     words += [] if beams else ["--num-beams", "1", "--min-new-tokens", "0"]
     words += ["--data-dir", settings.data_dir] if settings.data_dir else []
     words += ["--examples", str(settings.limit)] if settings.limit else []
     texts, scores = "test.jsonl", "test.scores.json"
-    own = out / ("beams" if beams else "greedy")        # another way to decode, other files
+    own = folder_of_texts(out, settings, beams)
     if not (own / scores).exists():                     # else they are there since an earlier call
         call([*words, "--batch-size", "16" if beams else "32"])
+        check_score(run, read_json_object(out / scores)["scores"])
         own.mkdir(exist_ok=True)
         for name in (texts, scores):
             (out / name).replace(own / name)
     found = read_json_object(own / scores)["scores"]
     return rounded(found) | (said(read_rows(own / texts)[1:]) if data == "e2e" else {})
+
+
+def check_score(run, scores):
+    score = DECIDES.get(run.data, "BLEU")
+    if score not in scores["all"]:
+        raise ValueError(f"got no {score} of {run.name}, which decides; expected the packages that "
+                         "are named above; install them and run the same command again")
 
 
 def rounded(scores):
@@ -265,6 +206,7 @@ def score_untrained(run, settings):
                                          [texts[i] for i in chosen])
         for names, reason in missing.items():
             print(f"no {names}: {reason}", file=sys.stderr)
+    check_score(run, found)
     return rounded(found) | (said(rows) if run.data == "e2e" else {})
 
 
@@ -290,7 +232,8 @@ def carry_out(run, settings):
         row |= train(run, settings, out)
         if "grid" not in run.group:
             row["greedy"] = decode(run, settings, out, beams=False)
-            row["texts"] = first_texts(out / "greedy" / "test.jsonl", run.data)
+            row["texts"] = first_texts(
+                folder_of_texts(out, settings, beams=False) / "test.jsonl", run.data)
         if run.beams:
             row["beams"] = decode(run, settings, out, beams=True)
     return row | {"date": f"{datetime.date.today()}", "machine": machine(),
@@ -309,10 +252,14 @@ def main(argv=None):
     write_rows(results, read_rows(results, KEYS))               # without a line cut by a kill
     while True:
         own = [row for row in read_rows(results) if conditions(settings).items() <= row.items()]
-        done = {row["name"] for row in own}
-        waiting = [run for run in (full_plan() if settings.full else plan(own))
+        done = {row["name"] for row in own if row["group"] in (*GROUPS, "full")}
+        runs = full_plan() if settings.full else plan(own)
+        waiting = [run for run in runs + repeats(runs, settings.again)
                    if run.name not in done and (not settings.only or run.group in settings.only)]
         if not waiting:
+            for group in [] if settings.full else incomplete_grids(own):
+                print(f"runs whose learning rate comes from {group} are not planned yet: run "
+                      f"--only {group} first", file=sys.stderr)
             return
         append_rows(results, [carry_out(waiting[0], settings)])
 

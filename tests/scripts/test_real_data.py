@@ -6,31 +6,38 @@ import pytest
 from baselines import untrained
 from data import tasks
 from scripts import draw_real_data, real_data
-from scripts.real_data import Run, Settings
+from scripts import real_data_plan as plan
+from scripts.real_data import Settings
+from scripts.real_data_plan import Run
 from scripts.results import read_rows, write_rows
 
 
 def grid(group, method, losses):
-    rates = real_data.RATES[method.split()[0]]
+    rates = plan.RATES[method.split()[0]]
     return [{"group": group, "method": method, "lr": lr, "best_dev_loss": loss}
             for lr, loss in zip(rates, losses)]
 
 
 def test_rate_is_the_one_with_the_lowest_dev_loss_of_a_whole_grid():
     rows = grid("grid", "prefix", (3.0, 1.0, 2.0))
-    assert real_data.best_rate(rows, "grid", "prefix") == 1e-3
-    assert real_data.best_rate(rows[:2], "grid", "prefix") is None
-    assert real_data.best_rate(rows, "low-grid", "prefix") is None
-    assert real_data.best_rate(rows, "grid", "finetune") is None
+    assert plan.best_rate(rows, "grid", "prefix") == 1e-3
+    assert plan.best_rate(rows[:2], "grid", "prefix") is None
+    assert plan.best_rate(rows, "low-grid", "prefix") is None
+    assert plan.best_rate(rows, "grid", "finetune") is None
+    more = {"group": "grid", "method": "prefix", "lr": 4e-3, "best_dev_loss": 0.5}
+    assert plan.best_rate([*rows, more], "grid", "prefix") == 1e-3      # not of the protocol
+    assert plan.incomplete_grids(rows) == ["grid", "low-grid"]
 
 
 def test_plan_waits_for_the_grids_and_then_has_every_group():
-    assert {run.group for run in real_data.plan([])} == {"untrained", "grid", "low-grid"}
-    rows = [row for method in real_data.RATES for row in grid("grid", method, (3, 2, 1))]
+    assert {run.group for run in plan.plan([])} == {"untrained", "grid", "low-grid"}
+    rows = [row for method in plan.RATES for row in grid("grid", method, (3, 2, 1))]
+    assert plan.incomplete_grids(rows) == ["low-grid"]
     for method in ("prefix words", "prefix uniform", "finetune"):
         rows += grid("low-grid", method, (1, 2, 3))
-    runs = real_data.plan(rows)
-    assert {run.group for run in runs} == {*real_data.GROUPS}
+    assert plan.incomplete_grids(rows) == []
+    runs = plan.plan(rows)
+    assert {run.group for run in runs} == {*plan.GROUPS} - {"seeds"}
     assert len({run.name for run in runs}) == len(runs)
     flags = {run.name: " ".join(run.flags) for run in runs}
     assert "--lr 0.002" in flags["e2e-prefix"] and "--steps 720" in flags["e2e-prefix"]
@@ -40,6 +47,49 @@ def test_plan_waits_for_the_grids_and_then_has_every_group():
     assert "--lr 3e-05" in flags["low-500-2-finetune"]
     assert "--lr 0.001 " in flags["webnlg-prefix"] and "--lr 0.002 " in flags["scitldr-prefix"]
     assert "--lr 0.0003 " in flags["webnlg-finetune"] + " "
+
+
+def test_a_run_is_repeated_with_two_more_seeds():
+    """Would catch: seeds that do not arrive, a grid's run or a typo that repeats nothing."""
+    rows = [row for method in plan.RATES for row in grid("grid", method, (3, 2, 1))]
+    runs = plan.plan(rows)
+    again = plan.repeats(runs, ["e2e-prefix", "e2e-finetune", "e2e-prefix"])
+    assert [(run.group, run.name, run.flags[-2:]) for run in again] == [
+        ("seeds", f"e2e-{method}-seed-{seed}", ("--seed", str(seed)))
+        for method in ("prefix", "finetune") for seed in (102, 103)]
+    first = next(run for run in runs if run.name == "e2e-prefix")
+    assert again[0].flags[:-2] == first.flags and again[0].beams
+    for name in ("e2e-prefx", "grid-prefix-0.001", "template-e2e", "low-50-1-finetune"):
+        with pytest.raises(ValueError, match="got --again .*e2e-prefix"):
+            plan.repeats(runs, [name])
+
+
+def test_a_directory_of_another_run_is_refused(tmp_path):
+    """Would catch: a run of another model, or before a change of the protocol, taken for this."""
+    run = Run("main", "e2e-prefix", "e2e", ("--lr", "0.001", "--prefix-len", "10"))
+    (tmp_path / "config.json").write_text(json.dumps(
+        {"settings": {"model": "smollm2", "lr": 0.001, "prefix_len": 10, "steps": 720}}))
+    real_data.refuse_another(run, Settings(), tmp_path)
+    with pytest.raises(ValueError, match="'model': 'smollm2'.*expected .*'gpt2'.* another --out"):
+        real_data.refuse_another(run, Settings(model="gpt2"), tmp_path)
+    with pytest.raises(ValueError, match="'lr': 0.001}.*'lr': '0.002'}"):
+        real_data.refuse_another(run._replace(flags=("--lr", "0.002")), Settings(), tmp_path)
+
+
+def test_texts_of_a_part_are_not_those_of_all(tmp_path):
+    """Would catch: after a call with --limit 6, six texts scored as the whole test set."""
+    folders = {real_data.folder_of_texts(tmp_path, Settings(limit=limit), beams)
+               for limit in (0, 6) for beams in (False, True)}
+    assert len(folders) == 4
+
+
+def test_a_row_without_the_score_that_decides_is_not_kept():
+    """Would catch: a missing package that leaves "not run yet" in the results for ever."""
+    real_data.check_score(Run("webnlg", "a", "webnlg"), {"all": {"BLEU": 1.0}})
+    real_data.check_score(Run("scitldr", "a", "scitldr"), {"all": {"R-L": 1.0}})
+    for data, scores in (("webnlg", {}), ("scitldr", {"BLEU": 1.0}), ("e2e", {"R-L": 1.0})):
+        with pytest.raises(ValueError, match="got no .* which decides; .*run the same command"):
+            real_data.check_score(Run("", "a", data), {"all": scores})
 
 
 def test_little_data_are_samples_with_a_dev_set_of_their_own(real_data_dir, tmp_path):
@@ -150,13 +200,18 @@ def test_runs_to_their_end_once(real_data_dir, tmp_path, monkeypatch):
 
 # ---- verdicts and page
 
+GROUP_OF = {"e2e": "main", "template": "untrained", "layers": "layers", "length": "length",
+            "low": "low", "webnlg": "webnlg", "full": "full", "tried": "tried", "seeds": "seeds"}
+
+
 def made_rows(scores):
     """Rows of a results file with these scores: {name: BLEU, or {part: BLEU}}."""
     rows = []
     for name, score in scores.items():
         parts = score if isinstance(score, dict) else {"all": score}
         found = {part: {"BLEU": x} for part, x in parts.items()}
-        rows.append({"name": name, "group": name.split("-")[0], "data": "webnlg" if "webnlg" in name
+        rows.append({"name": name, "group": "seeds" if "-seed-" in name else
+                     GROUP_OF[name.split("-")[0]], "data": "webnlg" if "webnlg" in name
                      else "e2e", "greedy": found, "beams": found, "model": "smollm2", "limit": 0,
                      "machine": "a machine", "torch": "2", "date": "today", "lr": 1e-3,
                      "texts": [["name : A", "A | b"]]})
@@ -188,6 +243,43 @@ def test_verdicts_are_those_of_the_protocol():
         "in part", "in part", "in part"]
     behind = ALL | {name: 20 if "100" in name else 1 for name in LOW if "finetune" in name}
     assert found(behind)[1] == "does not hold"
+    weak = ALL | {"webnlg-prefix": {"all": 15, "seen": 20, "unseen": 10},
+                  "webnlg-finetune": {"all": 52, "seen": 57, "unseen": 46.9}}
+    assert found(weak)[2] == "does not hold"            # it loses less, but by a tenth only
+
+
+def test_a_gap_of_one_is_none_whatever_the_floats():
+    """Would catch: 31.02 - 32.02 = -1.0000000000000036, more than one behind."""
+    for ours, other in ((63.74, 64.74), (31.02, 32.02), (0.1, 1.1)):
+        assert draw_real_data.more_than_one(ours - other) == 0
+        assert draw_real_data.more_than_one(other - ours) == 0
+        assert draw_real_data.more_than_one(ours - 0.01 - other) == -1
+
+
+def test_three_seeds_decide_where_both_have_them():
+    """Would catch: a mean of the seeds that one side has, the first seed alone."""
+    seeds = {"e2e-prefix-seed-102": 61, "e2e-prefix-seed-103": 61.1, "e2e-finetune-seed-102": 63}
+    near = ALL | {"webnlg-finetune": ALL["webnlg-prefix"]}
+    assert found(near)[0] == found(near | seeds)[0] == "holds"
+    assert found(near | seeds | {"e2e-finetune-seed-103": 63})[0] == "in part"
+
+
+def test_rows_of_other_groups_decide_nothing_and_names_are_unique():
+    """Would catch: a run beside the protocol in the place of one of it; the last of two rows."""
+    rows = made_rows(ALL)
+    other = rows[0] | {"group": "tried", "beams": {"all": {"BLEU": 1}}}
+    with pytest.raises(ValueError, match="more than one row of e2e-prefix"):
+        draw_real_data.Results([*rows, rows[0]])
+    waits = draw_real_data.Results([other, *rows[1:]])
+    assert [verdict for *_, verdict in draw_real_data.verdicts(waits)][0] == "not run yet"
+    full = [row | {"name": f"full-{row['name']}", "group": "full"} for row in rows]
+    assert next(draw_real_data.verdicts(draw_real_data.Results(full)))[2] == "in part"
+
+
+def test_a_row_shows_the_score_that_decides():
+    row = {"name": "scitldr-prefix", "data": "scitldr", "greedy": {"all": {"BLEU": 7, "R-L": 33}},
+           "beams": False}
+    assert "| R-L 33.0 |" in draw_real_data.run_line(row)
 
 
 def test_what_was_not_run_has_no_verdict(tmp_path, capsys):

@@ -10,10 +10,10 @@ from torch.utils.checkpoint import checkpoint
 def checkpoint_blocks(model):
     """Let every block of `model` keep only its input, in place.
 
-    What it computes inside, which the gradient needs, it computes again in the backward pass. The
-    prefix goes into a block as any other tensor, so its gradient comes out of it.
+    The gradient needs what is computed inside, so the backward pass computes it again. The prefix
+    is an input of the block like any other tensor, so it gets its gradient, too.
     """
     for block in model.blocks():
-        # There is no dropout, so no random numbers that would have to be the same again.
+        # There is no dropout, so no random state has to be restored for the second pass.
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False,
                                           preserve_rng_state=False)

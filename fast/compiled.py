@@ -11,9 +11,9 @@ from prefix import target_loss
 
 
 def fixed(batch, rows, max_tokens):
-    """`batch` in one of few shapes, for each of which the step is compiled: B is `rows`, T a
-    multiple of 16 or `max_tokens`, N a multiple of 8 for each row; of a source, which begins at
-    position 0, S is a multiple of 128. Its counts are 0: each number would be compiled for anew.
+    """`batch` padded to one of few shapes, for each of which the step is compiled: B is `rows`, T a
+    multiple of 16 or `max_tokens`, N a multiple of 8 * rows, and S of a source a multiple of 128 or
+    `max_tokens`. Its counts are 0, because each new number would mean compiling again.
 
     An epoch of E2E in batches of 10 has 16 shapes, and 14 % more tokens, 15 % more labels.
     """
@@ -33,8 +33,8 @@ def fixed(batch, rows, max_tokens):
 
 class CompiledLoss:
     """`target_loss` and its gradient, compiled for each shape of a batch; on a GPU recorded as CUDA
-    graphs, which are replayed without Python. Where nobody asks for a gradient, as for a dev loss,
-    it is the plain one: that is no work to compile for.
+    graphs, which are replayed without Python. Where no gradient is wanted, as for a dev loss, the
+    plain `target_loss` runs: compiling would not pay there.
 
     rows: the pairs of a full batch. shapes: those that have been met, of all inputs and of N.
     """
@@ -62,5 +62,5 @@ class CompiledLoss:
         if shape not in self.shapes:
             self.shapes.add(shape)
             print(f"compiling for batches of the shape {shape}", file=sys.stderr)
-        torch.compiler.cudagraph_mark_step_begin()          # what the last step left may be reused
-        return self.loss(model, prefix, batch).clone()      # that is so for the loss, too
+        torch.compiler.cudagraph_mark_step_begin()          # the last step's memory may be reused
+        return self.loss(model, prefix, batch).clone()      # the loss lies in it, too: copied

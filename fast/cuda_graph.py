@@ -30,6 +30,9 @@ def why_not_recordable(model, constraints, num_beams=1):
         return f"the model is on {model.device}"
     if constraints.no_repeat_ngram_size:
         return "the tokens so far are compared in Python, for --no-repeat-ngram-size"
+    never = {*constraints.banned_tokens, *constraints.ends()}
+    if constraints.min_new_tokens and len(never) >= model.config.vocab_size:
+        return "every token but the end is banned, so a text ends too short"
     if model.is_encoder_decoder and not model.attention.supports_tree:
         return "this attention cannot tell where the text of a BART stands in a wider cache"
     return ""
@@ -126,7 +129,7 @@ class Step:
         rules, in_front = self.constraints, self.key_mask.size(1) - self.cache.kv.size(4)
         self.key_mask.index_fill_(1, self.cache.newest + in_front, True)        # (B, P+S)
         ids = self.tokens.index_select(1, self.n - 1)                           # (B, 1)
-        # As of a tree: then a token's position is how many it sees, not the cache's length.
+        # Passed as a tree: so the position is the number of keys seen, not the cache's length.
         tree = None
         if self.model.attention.supports_tree:
             tree = self.key_mask[:, None, in_front + self.cache.n_prefix:]      # (B, 1, columns)
@@ -148,8 +151,8 @@ class Step:
 class RecordedGenerate:
     """sample.generate with recorded steps: called alike, the same tokens; it keeps the recordings.
 
-    generator: what `sample` draws from. It may draw a few times more than sample.generate, when the
-    texts have ended and that is not noticed yet: the tokens of a later batch are others then.
+    generator: what `sample` draws from. Whether all texts have ended is checked every few steps
+    only, so it may draw more often than sample.generate: then later batches get other tokens.
     """
 
     def __init__(self, generator):

@@ -98,5 +98,5 @@ def decoding_form(settings, model, constraints, random):
     reason = why_not_recordable(model, constraints, settings.num_beams)
     if reason:
         raise ValueError(f"got --graph, but {reason}; expected a CUDA GPU, --num-beams 1 and "
-                         "nothing that only Python can decide; leave it out")
+                         "nothing that only Python can decide; leave --graph out")
     return RecordedGenerate(random)

@@ -1,15 +1,15 @@
 """model.linear_in_fp32 as one product of bf16 or fp16 with an fp32 result: PyTorch has it on CUDA.
 
-The plain form widens the weight in each call, to twice its bytes, and multiplies in fp32. Here the
-GPU's tensor cores multiply what is stored and hand out the fp32 numbers in which they add up
-anyway. Letters as in model.py; N rows.
+The plain form upcasts the weight in each call, to twice its bytes, and multiplies in fp32. Here the
+GPU's tensor cores multiply the weights as they are stored. They add up in fp32 anyway, and these
+sums are returned. Letters as in model.py; N rows.
 """
 import torch
 from torch.autograd.function import once_differentiable
 
 
 class FP32Product(torch.autograd.Function):
-    """x W^T, with a W that is frozen; PyTorch has no gradient for this product."""
+    """x W^T for a frozen W, and the gradient of x in W's dtype: PyTorch has none for this."""
 
     @staticmethod
     def forward(ctx, x, weight):

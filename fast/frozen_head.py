@@ -1,7 +1,7 @@
 """prefix.target_loss behind a head that does not learn: no logits of a whole batch in memory.
 
-Li & Liang 2021, equation 2: the language model's weights are frozen, the word embedding among them,
-which is the head too. Letters as in model.py; N labels of a batch, R rows worked on at a time.
+Li & Liang 2021, equation 2: the language model's weights are frozen, and so is its head (mostly
+the word embedding). Letters as in model.py; N labels of a batch, R rows at a time.
 """
 import torch
 from torch.autograd.function import once_differentiable
@@ -12,10 +12,10 @@ from prefix import token_losses
 class FrozenHead(torch.autograd.Function):
     """(token_losses(head(hidden), labels) * weights).sum(), for frozen weights of the head.
 
-    The backward pass needs one thing only, the gradient of `hidden`, and it is computed at once:
+    The backward pass needs only the gradient of `hidden`, so the forward pass computes it already:
     d loss / d logits = weights * (softmax(logits) - onehot(labels)), written over the logits, some
-    rows at a time. So no array (N, V) is ever whole, and none waits for the backward pass of the
-    blocks: that was a third of the memory of a step of the smallest GPT-2.
+    rows at a time. So the logits (N, V) are never in memory as a whole, nor kept until the backward
+    pass: that was a third of the memory of a step of the smallest GPT-2.
     """
 
     @staticmethod

@@ -14,11 +14,11 @@ from torch import nn
 
 ROWS = 8                # the layout is made for so many rows; it is good for 4 and 300 as well
 # For fewer rows than these oneDNN takes a kernel that reads the weights more slowly: on a Zen 5 one
-# row takes 1.1 to 1.3 times as long as four in fp32, up to 1.1 in bf16. So they come several times.
+# row takes 1.1 to 1.3 times as long as four in fp32, up to 1.1 in bf16. So they are repeated.
 # Without AVX-512 (a Zen 3) one row is faster than four.
 LEAST = 4
-# Without AVX-512 so many rows, least and most, are multiplied faster when the weights are packed: 2
-# to 8 up to twice as fast, 1 row not, 40 rows 1.2 times, the hundreds of training not.
+# (least, most): without AVX-512 packed weights are faster for so many rows: 2 to 8 rows up to twice
+# as fast, 40 rows 1.2 times, but not 1 row, and not the hundreds of rows in training.
 AVX2_ROWS = (2, 64)
 # Weights of fewer numbers than these stay in a CPU's cache: there is nothing to be won, and oneDNN
 # keeps a kernel for every shape of a batch.
@@ -58,7 +58,7 @@ def multiply(x, weight, bias):
 
 
 class WithGradient(torch.autograd.Function):
-    """`multiply`, and its gradient for x, which is the gradient behind it times W: (..., out) ->
+    """`multiply`, and the gradient of x, which is the output's gradient times W: (..., out) ->
     (..., in). `transposed` is W^T in oneDNN's layout.
     """
 
@@ -73,7 +73,7 @@ class WithGradient(torch.autograd.Function):
 
 
 class Packed(nn.Module):
-    """x W^T + b with a frozen W; learning: what stands before it may want a gradient."""
+    """x W^T + b with a frozen W; learning: W^T is stored too, for the gradient of x."""
 
     def __init__(self, weight, bias, learning=False):
         super().__init__()
@@ -86,15 +86,15 @@ class Packed(nn.Module):
     def forward(self, x):
         if self.transposed is not None:
             return WithGradient.apply(x, self.weight, self.bias, self.transposed)
-        few = -(-self.least // x.shape[:-1].numel())    # 1, or how often so few rows have to come
-        if few == 1:
+        copies = -(-self.least // x.shape[:-1].numel())     # rounded up; more than 1: see LEAST
+        if copies == 1:
             return multiply(x, self.weight, self.bias)
-        return multiply(torch.stack((x,) * few), self.weight, self.bias)[0]     # (..., out)
+        return multiply(torch.stack((x,) * copies), self.weight, self.bias)[0]      # (..., out)
 
 
 @torch.no_grad()
 def pack_head(model, learning=False):
-    """The head, in the place of its method: most models have no linear layer for it."""
+    """Replace the method `head`, as most models have no layer for it. Its bias is head(0)."""
     weight = model.head_weight                                                  # (V, C)
     if weight.dtype == torch.float32:       # of bf16 weights oneDNN would give logits in bf16
         bias = model.head(weight.new_zeros(1, weight.size(1)))[0].clone()       # (V,)

@@ -17,13 +17,13 @@ class SDPAAttention:
 
     @staticmethod
     def mask(key_mask, T, causal, tree=None):
-        """(B, 1, T, P+S) bool, True = may be seen; and (B, 1, T, 1) bool, True = sees nothing.
+        """(1 or B, 1, T, P+S) bool, True = may be seen; and (1 or B, 1, T, 1), True = sees nothing.
 
-        Always written out, although PyTorch has a faster kernel for no padding: whether there is
-        any stands in `key_mask`, and to read it there a GPU would have to be waited for.
+        Always a tensor, although PyTorch has a faster kernel for no padding: only `key_mask` says
+        whether there is any, and to read it Python would have to wait for the GPU.
         """
-        mask = attention_mask(key_mask, T, causal, tree)                        # (B, 1, T, P+S)
-        blind = ~mask.any(-1, keepdim=True)                                     # (B, 1, T, 1)
+        mask = attention_mask(key_mask, T, causal, tree)                    # (1 or B, 1, T, P+S)
+        blind = ~mask.any(-1, keepdim=True)                                 # (1 or B, 1, T, 1)
         # A query that sees nothing would get NaN of some kernels: it sees all, and then gets 0.
         return mask | blind, blind
 

@@ -24,9 +24,9 @@ BALANCE = 1.3
 def trie(pairs):
     """The texts of some pairs as a trie, where every beginning stands once, whoever begins so.
 
-    Returns {(parent, token): node} of all tokens that are read, in the order of their nodes 0, 1,
-    ..., which -1, nothing read yet, is the root of; and {(node, token): count}, how many pairs
-    learn that token behind that node. The last token of a text is only predicted.
+    Returns {(parent, token): node} of all tokens that are read; nodes are numbered 0, 1, ... in the
+    order of the dictionary, and the root, nothing read yet, is -1. And {(node, token): count}, how
+    many pairs learn that token after that node. The last token of a text is only predicted.
     """
     nodes, labels = {}, collections.Counter()
     for pair in pairs:
@@ -79,15 +79,15 @@ def in_rows(pairs, C):
     """Lists of pairs, each to be a row of a model of width C, so that least is computed.
 
     In one row everything is shared and nothing is padding, but each token is compared with all. So
-    each source may have a row, or a row ends where the tries of all are of about the same size.
+    these ways are compared: a row for each source, or 1, 2, ... rows with tries of similar size.
     """
     pairs = sorted(pairs, key=lambda pair: pair.ids)        # neighbours begin most alike
     read = [[], *(pair.ids[:-1] for pair in pairs)]
-    old = [len(os.path.commonprefix(two)) for two in itertools.pairwise(read)]  # nodes that a pair
-    new = [len(ids) - n for ids, n in zip(read[1:], old)]       # finds there, and that it brings
+    old = [len(os.path.commonprefix(two)) for two in itertools.pairwise(read)]  # shared with the
+    new = [len(ids) - n for ids, n in zip(read[1:], old)]       # pair before it; the pair's own
     total = list(itertools.accumulate(new))
 
-    def work(rows):                                             # rows of numbers of pairs
+    def work(rows):                                             # lists of indices of pairs
         T = max(old[row[0]] + sum(new[i] for i in row) for row in rows)
         return len(rows) * T * (T + BALANCE * C)
     most = 1 + 3 * total[-1] // C           # shorter rows would not become faster by being cut

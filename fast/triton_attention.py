@@ -5,7 +5,7 @@ every row of the batch. Here a program, a group of threads on the GPU, keeps one
 the chip and walks over the keys, the prefix's and then the text's, each read where it lies. The
 softmax is taken on the way ("online": Milakov and Gimelshein 2018); nothing of size T x (P+S) is
 written. The backward pass computes the weights again instead of storing them (Dao et al. 2022).
-Not here: the meaning (model.attend), a fall-back: where this cannot run, it says so.
+Not here: the definition (model.attend); a fallback: where it cannot run, it is an error.
 
 Under TRITON_INTERPRET=1, set before triton is imported, the kernels run on a CPU as slow ordinary
 Python: put a breakpoint in one and look. Letters as in model.py; K = P + S; j a key, t a query.
@@ -24,8 +24,8 @@ except ImportError as error:
 
 # What changes from batch to batch. Left alone, Triton compiles anew for 1 and for multiples of 16.
 CHANGING = ["B", "T", "S", "P", "K", "N", "first", "share", "mask_b"]
-# A shared prefix's gradient is spread over so many programs: two for each of the 132 processors of
-# an H200. A constant: the same sums in the same order on every GPU.
+# A shared prefix's gradient is spread over so many programs: about two for each of the 132
+# multiprocessors of an H200. A constant: the same sums in the same order on every GPU.
 PROGRAMS = 256
 LOG2E = tl.constexpr(math.log2(math.e))
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -54,9 +54,9 @@ def joined(p, x, j, P, p_s, x_s, D: tl.constexpr):
 
 @triton.jit
 def tile(at, there, D: tl.constexpr):
-    """What lies at (rows, D); zeros where nothing does."""
+    """The numbers at these addresses, (rows, D); zeros in rows that do not exist."""
     x = tl.load(at, mask=there[:, None] & (tl.arange(0, at.shape[1]) < D)[None, :], other=0)
-    return x.to(tl.float32) if INTERPRETED else x       # which multiplies the bits of a bf16
+    return x.to(tl.float32) if INTERPRETED else x       # it would multiply the bits of a bf16
 
 
 @triton.jit
@@ -92,10 +92,10 @@ def scores(q, k, key_mask, t, j, end, T, K, CAUSAL: tl.constexpr, D: tl.constexp
 def forward_kernel(q, k, v, pk, pv, key_mask, out, lse, H, T, S, P, q_b, q_h, q_t, k_b, k_h, k_s,
                    p_b, p_h, p_s, mask_b, CAUSAL: tl.constexpr, D: tl.constexpr,
                    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The program (i, h, b) answers the i-th tile of queries of head h in row b.
+    """The program (i, h, b) computes the output of the i-th tile of queries of head h in row b.
 
-    q_b is q's distance in memory from one b to the next, and so on; p_b = 0 is a prefix that all
-    rows share: each program reads the same one, which stays in the GPU's cache.
+    q_b is the stride of q along b, and so on; the stride p_b = 0 means a prefix that all rows
+    share: each program reads the same one, which stays in the GPU's cache.
     """
     start, h, b = tl.program_id(0) * BLOCK_T, tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, K = start + tl.arange(0, BLOCK_T), P + S
@@ -136,7 +136,7 @@ def forward_kernel(q, k, v, pk, pv, key_mask, out, lse, H, T, S, P, q_b, q_h, q_
 
 @triton.jit
 def answered(out, grad, lse, b, h, t, H, T, D: tl.constexpr):
-    """What the forward pass left about the queries t: g (BLOCK_T, D), delta and lse (BLOCK_T,)."""
+    """For the queries t: g (BLOCK_T, D); delta and the forward pass's lse, (BLOCK_T, 1) each."""
     y = tile(rows(out + (b * T * H + h) * D, t, H * D, D), t < T, D)            # (BLOCK_T, D)
     g = tile(rows(grad + (b * T * H + h) * D, t, H * D, D), t < T, D)           # (BLOCK_T, D)
     # Cheaper to compute again in each kernel than to store in one and wait for it in another.
@@ -215,8 +215,8 @@ def tiles(q, keys, causal, owned="queries"):
     return sizes
 
 
-def steps(x):
-    """The distances in memory from one b, h, ... of x (1 or B, ..., D) to the next; not D's."""
+def strides(x):
+    """The strides of x (1 or B, ..., D) without D's; 0 along b where all rows share x."""
     return 0 if len(x) == 1 else x.stride(0), *x.stride()[1:-1]
 
 
@@ -238,7 +238,7 @@ def key_gradients(saved, causal, k, v, first, g):
     if N:
         keys_kernel[count, H, both.size(1)](
             q, k, v, key_mask, out, lse, g, both[0], both[1], B, H, T, K, N, first, share,
-            *steps(q), *steps(k), *steps(key_mask), **sizes)
+            *strides(q), *strides(k), *strides(key_mask), **sizes)
     if rows < B:
         both = both.sum(1, keepdim=True).to(k.dtype)                            # (2, 1, N, H, D)
     return both.transpose(2, 3)                                         # (2, 1 or B, H, N, D)
@@ -252,7 +252,7 @@ class FusedAttention(torch.autograd.Function):
         # Lying as the next linear layer wants it: transposing it back there is no copy.
         out = q.new_empty(B, T, H, D)                                           # (B, T, H, D)
         lse = q.new_empty(B, H, T, dtype=torch.float32)                         # (B, H, T)
-        ctx.numbers = H, T, S, P, *steps(q), *steps(k), *steps(pk), *steps(key_mask)
+        ctx.numbers = H, T, S, P, *strides(q), *strides(k), *strides(pk), *strides(key_mask)
         ctx.sizes = tiles(q, P + S, causal)
         ctx.grid = math.ceil(T / ctx.sizes["BLOCK_T"]), H, B
         tensors = q, k, v, pk, pv, key_mask, out, lse
@@ -264,7 +264,7 @@ class FusedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         g, need = g.transpose(1, 2).contiguous(), ctx.needs_input_grad          # (B, T, H, D)
-        saved = ctx.saved_tensors       # once: a second time gradient checkpointing forbids
+        saved = ctx.saved_tensors       # once: checkpointing forbids a second read
         _, k, v, pk, pv, _, out, _ = saved
         causal = ctx.sizes["CAUSAL"]
         dq = dk = dv = dpk = dpv = None

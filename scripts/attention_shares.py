@@ -1,8 +1,8 @@
 """Lambda: the share of the attention that goes to the prefix, by layer, head and token.
 
-With a prefix a head says (1 - lambda) of what it said before and lambda of what the prefix says
-(He et al. 2021, arXiv 2110.04366, section 3.1); lambda is the sum of its weights over the prefix's
-keys. Measured at the seam `model.attention`, so for every model here. Letters as in model.py.
+A head's output is (1 - lambda) times what the text alone gives plus lambda times what the prefix
+alone gives (He et al. 2021, arXiv 2110.04366, section 3.1); lambda is the sum of its weights over
+the prefix's keys. Measured in `model.attention`, so for every model here. Letters as in model.py.
 """
 import torch
 
@@ -38,7 +38,7 @@ def attention_shares(model, prefix, pair):
         model.attention = usual
     places = {"prefix": shares}
     if isinstance(prefix, tuple):       # the decoder's layers attend to the target, then the source
-        L = len(prefix.encoder)
+        L = len(model.encoder.layers)       # a prefix may have fewer
         places = {"encoder": shares[:L], "decoder": shares[L::2], "cross": shares[L + 1::2]}
     return {place: (inputs["source" if place == "encoder" else "ids"][0].tolist(),
                     torch.stack(own)) for place, own in places.items()}         # (L, H, T)

@@ -71,7 +71,7 @@ class Settings:
     model: str = flag("gpt2", "with random weights: GPT-2 small, on a GPU medium; llama and toy: "
                               "of SmolLM2's and tiny-gpt2's shape",
                       choices=["gpt2", "llama", "toy"])
-    rounds: int = flag(0, "turns that each form takes; 0: 5, on a GPU 10, of attention 50",
+    rounds: int = flag(0, "turns that each form takes; 0: 5; on a GPU 10, for attention 50",
                        within=(0, 10 ** 6))
     data_dir: str = flag("", "train, dev and layers take E2E's texts from here; left out: lengths "
                              "like E2E's are drawn")
@@ -103,8 +103,8 @@ def forms(device, dtype):
 
 
 def work(form, B, H, T, S, P, device, dtype):
-    """A function without arguments that does the work once, on tensors lying as GPT-2 has them; the
-    mask is there already, as it is for all layers but the first.
+    """A function that does the work once. q lies in memory as GPT-2's does, k and v as in a KV
+    cache; the mask is there already, as it is for all layers but the first.
     """
     training, D = T > 1, 64
     torch.manual_seed(0)

@@ -77,7 +77,7 @@ def spread(batches, count):
 
 def kinds_of_batches(pairs, size, count, model, share=0):
     """{kind: Cases}. alike: pairs of similar lengths, as train.py has them. random: drawn from all,
-    as loops mostly have them. tables: `share` of a source together, as for --share-source; 0: all.
+    as loops mostly have them. tables: up to `share` of a source together (--share-source); 0: any.
     """
     rng = random.Random(0)
     alike, tables = ([[pairs[i] for i in batch] for batch in epoch_batches(

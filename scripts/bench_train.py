@@ -156,11 +156,11 @@ def differences(forms, reference, batches):
 
 
 def added(once, device):
-    """Bytes that a step, `once`, needs at its fullest moment, beyond what was there before.
+    """Bytes that a step, `once`, needs at its peak, beyond what was there before.
 
-    They are those of tensors, inside of operations too, as PyTorch's allocator hands them out: on a
-    CPU its profiler has kept a list, on a GPU the allocator itself. What a library takes for itself
-    is not among them, nor what lies unused between two tensors.
+    Tensors are counted, also those inside of operations, as PyTorch's allocator hands them out: on
+    a CPU by the profiler's record, on a GPU by the allocator's own. What a library takes for itself
+    is not counted, nor what lies unused between two tensors.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -206,9 +206,9 @@ def scoring(model, n_read, n_labels):
 
 
 def useful(model, n_read, n_labels):
-    """The same of a step: in the backward pass the gradient for these tokens takes as many.
+    """The same for a step: the backward pass needs as many again for the gradient of activations.
 
-    Weights that do not learn want no gradient.
+    Frozen weights need no gradient.
     """
     first = sum(inside * outside for _, inside, outside, back in weights_of(model) if not back)
     return 2 * scoring(model, n_read, n_labels) - 2 * first * n_read

@@ -3,7 +3,7 @@
     python -m scripts.cartridge
 
 Eight fact sheets are longer than what the bundled model can read. It reads one at a time and asks
-itself questions; a prefix learns its answers (context distillation). Found: docs/cartridge.md.
+itself questions; a prefix learns its answers (context distillation). Results: docs/cartridge.md.
 """
 import argparse
 import random
@@ -48,14 +48,14 @@ def converse(model, tokenizer, sheets, times):
 
 
 def log_probabilities(model, pairs, prefix=None):
-    """What the model expects wherever a token is learned: (N, V)."""
+    """The model's log p of every token, wherever one is learned: (N, V)."""
     batch = collate(pairs, model)
     hidden = model.hidden_states(**batch.inputs, prefix=prefix).flatten(0, 1)   # (B * T, C)
     return model.head(hidden[batch.label_positions]).log_softmax(-1)            # (N, V)
 
 
 def study(model, learner, talks, steps=1200, lr=0.1, batch_size=16):
-    """Train the prefix to expect, without the sheet, what the model expects with it."""
+    """Train the prefix: without the sheet the model is to predict the same as with it."""
     optimizer = torch.optim.AdamW(learner.parameters(), lr, weight_decay=0)
     with torch.no_grad():
         teacher = [log_probabilities(model, [read]) for read, _ in talks]

@@ -224,8 +224,8 @@ def page(run, about, log, shares, tokens, outputs):
         parts += ["<h2>Loss</h2>", image("loss curve", draw_losses, log, settings), loss_table(log)]
     if shares:
         parts += ["<h2>Attention to the prefix</h2>",
-                  "<p>λ is the share of a head's attention that goes to the prefix: the head says "
-                  "1 - λ of what it would say without it, and λ of what the prefix says.</p>",
+                  "<p>λ is the share of a head's attention that goes to the prefix: its output is "
+                  "(1 - λ) times what the text alone gives plus λ times the prefix's part.</p>",
                   image("lambda by layer, head and token", draw_shares, shares, tokens),
                   *(share_table(place, texts) for place, texts in shares.items())]
     parts += ["<h2>Outputs</h2>", table("greedy, dev set", outputs, zip(*outputs.values()))]

@@ -37,9 +37,9 @@ WHY = {
         "with 50 and 100 tables; with 200 it is not. What was changed to make the test fairer is "
         "below.",
     (3, IN_PART, HOLDS, HOLDS):
-        "both express tables of unseen kinds completely, but in other words: for kinds that it was "
-        "not tuned on, fine-tuning loses the usual phrases of pre-training at every rate, and the "
-        "prefix keeps them.",
+        "both express tables of unseen kinds completely, but in different words: for kinds that it "
+        "was not tuned on, fine-tuning loses the usual phrases of pre-training at every rate, and "
+        "the prefix keeps them.",
 }
 
 

@@ -2,8 +2,8 @@
 
     python -m scripts.draw_layers
 
-How good it is say the runs of real_data.py (SmolLM2 on E2E) and of claims.py (the toy world); what
-a step takes says `python -m scripts.bench layers` for models of both shapes. Reads these results
+The scores are those of real_data.py's runs (SmolLM2 on E2E) and of claims.py's (the toy world), the
+cost of a step is that of `python -m scripts.bench layers`, for both models' shapes. Reads these
 files and nothing else. Needs matplotlib for the picture; without it the tables are still written.
 """
 import dataclasses

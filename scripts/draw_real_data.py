@@ -159,7 +159,7 @@ def quoted(row):
 
 def page_text(results):
     """The verdicts, every run, and what the runs say, in Markdown."""
-    lines = ["| claim | prefix against the other, BLEU | verdict |", "|---|---|---|"]
+    lines = ["| claim | difference of BLEU | verdict |", "|---|---|---|"]
     lines += [f"| {number}. {claim} | {found} | **{verdict}** |"
               for number, (claim, found, verdict) in enumerate(verdicts(results), 1)]
     lines += ["", "WebNLG: seen / unseen / all. The last column is the paper's GPT-2 medium, five "

@@ -73,8 +73,8 @@ def saved_outputs(path, about, examples):
             raise ValueError(f"got {path}, whose text {number} has no source or no text; expected "
                              "what this program wrote there; move that file away")
     if first != about:
-        differ = ", ".join(f"{key} ({first.get(key)}, now {about[key]})" for key in about
-                           if first.get(key) != about[key])
+        differ = ", ".join(f"{key} ({first.get(key)}, now {about.get(key)})"
+                           for key in first | about if first.get(key) != about.get(key))
         raise ValueError(f"got {path}, whose texts were decoded with another {differ}; expected "
                          "the same; move that file away, or give the same flags")
     for number, (row, example) in enumerate(zip(rows, examples), 1):

@@ -13,7 +13,7 @@ from utils.files import atomic_write
 
 
 def world_texts(documents, seed):
-    """Pre-training text as the model will see it: a blank at both ends, no braces."""
+    """Pre-training text as the model will see it: a space at both ends, no braces."""
     rng = random.Random(f"tokenizer {seed}")
     for _ in range(documents):
         for part in document(rng):

@@ -113,7 +113,7 @@ def check_size(settings):
     with torch.device("meta"):          # each layer may fit into the memory, and all of them not
         model = parts_of(s.model)[0](s)
     number = sum(weight.numel() for weight in model.parameters())
-    # Of what a step keeps for its way back: the logits, and each layer's attention weights.
+    # A part of what the backward pass needs: the logits, and each layer's attention weights.
     kept = s.rows * s.context * (s.vocabulary + s.layers * s.heads * s.context)
     if (size := 4 * s.processes * (number + kept)) > (most := memory()):
         raise ValueError(f"got a model of {number:,} parameters and steps of {s.rows} x {s.context}"
@@ -168,7 +168,7 @@ def optimizers_of(model, settings):
 
 
 def schedule(step, steps, warmup):
-    """The share of the learning rates: up in a line, down in half a cosine."""
+    """The factor of the learning rates: linear warm-up, then cosine decay to 0."""
     if step < warmup:
         return (step + 1) / warmup
     return (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
@@ -289,8 +289,8 @@ def ignore_signals(worker):
 
 
 def write_log(model, tokenizer, settings, probe, done, losses, seconds):
-    """Add a line to the log. Raises ValueError where the run has run away: the loss is that before
-    the last update, the probe's are those behind it.
+    """Add a line to the log. Raises ValueError where the run has diverged: the loss is that before
+    the last update, the probe's losses are those after it.
     """
     row = {"step": done, "tokens": done * settings.rows * settings.context * settings.processes,
            "loss": round(torch.stack(losses).mean().item(), 4), **probe(model, tokenizer),

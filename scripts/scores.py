@@ -30,7 +30,7 @@ class Rule:
     tokenize: str = "13a"           # sacrebleu's word for how text is cut into tokens
     lowercase: bool = False
     smooth: str = "exp"             # what an n-gram order without a match counts
-    split: bool = False             # before all else, a blank around every sign
+    split: bool = False             # first of all, a space around every punctuation mark
     ascii: bool = False             # and no accents
     rouge: str = "best"             # of several references: the best for each of and R-L;
                                     # "mean" of all; "best R-1": the one with that, for all three
@@ -47,7 +47,7 @@ RULES = {"e2e": Rule(lowercase=True), "dart": MULTI_BLEU,
          "dialogsum": Rule(rouge="mean"), "scitldr": Rule(rouge="best R-1")}
 
 # Seconds that a Java program may take to start, and for each line of text: some ten times what it
-# takes on a busy machine of two cores. Who waits longer waits for nothing.
+# takes on a busy machine of two cores. After that no answer will come.
 START, EACH = 300, 0.1
 JAVA = "install a Java runtime, as by `apt-get install default-jre-headless`"
 
@@ -97,7 +97,7 @@ def nist_score(outputs, references, rule):
     references = [[cut(text).split() for text in some] for some in references]
     for words in itertools.chain(*references):
         counts.update(ngrams(words))
-        counts[()] += len(words)                # what a single word is one of
+        counts[()] += len(words)                # the number of all words, for unigrams
     if not counts[()]:
         raise ValueError("no reference has a word")
     for text, some in zip(outputs, references):

@@ -113,7 +113,7 @@ def advance(run, flags, steps):
 
 
 def halve(folder, common, choices, steps):
-    """Rows (dev loss, steps, choice), the best first."""
+    """Rows (dev loss, steps, choice): those with most steps first, of these the best first."""
     done = []
     for rung in (steps // 4, steps // 2, steps):
         rows = []

@@ -1,7 +1,7 @@
 """The three prefixes of an encoder-decoder: each place has its own table and its own MLP.
 
-As the paper's official code has them for BART, each of the same or of its own length. What learns,
-how it is folded and how it starts is prefix.Prefix, three times. Letters as in model.py.
+As in the paper's official code for BART, but each place may have its own length, or no prefix.
+Learning, folding and initialisation: prefix.Prefix, three times. Letters as in model.py.
 """
 from torch import nn
 
@@ -28,7 +28,7 @@ def parse_places(text, length, init):
 
 
 class BARTPrefix(nn.ModuleDict):
-    """In each place that is used a `Prefix` with its own table and MLP.
+    """A `Prefix`, with its own table and MLP, in each place that is used.
 
     empty, width, mid_dim, init: as for `Prefix`, of a BART. lengths: {place: P}; a place that is
     left out has no prefix.

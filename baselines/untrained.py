@@ -1,7 +1,7 @@
-"""What can be had without learning: a template written by hand, and asking an instructed model.
+"""Baselines without training: a template written by hand, and asking an instruction-tuned model.
 
-Beside a prefix they show what the learning is worth. Both take the source as the paper's official
-code writes it (data/formats.py).
+Compared with a prefix they show what training is worth. Both take the source as the paper's
+official code writes it (data/formats.py).
 """
 import re
 

@@ -57,7 +57,7 @@ class Batch(typing.NamedTuple):
 
 
 def label_tensors(pairs, T):
-    """The other fields of a Batch whose row b is pairs[b], padded behind to T tokens.
+    """The other fields of a Batch whose row b is pairs[b], right-padded to T tokens.
 
     Token t is predicted at position t - 1.
     """
@@ -89,9 +89,9 @@ def epoch_batches(pairs, batch_size, seed, epoch, share_source=0):
     """The batches of one epoch, lists of indices: similar lengths together, in random order.
 
     Differs from the paper, whose batches are random: similar lengths mean little padding. Sorting
-    all would fix which pairs meet, so only pools of 50 batches are sorted. A function of (seed,
-    epoch) alone: a resumed run needs no state to find its place. share_source: up to that many
-    pairs of one source stay together if a batch has room.
+    all would fix which pairs meet, so only pools of 50 batches are sorted. For the same pairs
+    the result depends on seed and epoch only: a resumed run needs no state to find its place.
+    share_source: up to that many pairs of one source stay together if a batch has room.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     groups = group_by(range(len(pairs)), lambda i: source_of(pairs[i]) if share_source else i)

@@ -1,6 +1,6 @@
 """Pairs for a model that reads source and target as one sequence: GPT-2 and its like.
 
-From examples to `Pair`s of tokens, from pairs to a `Batch` of tensors, padded behind; and the
+From examples to `Pair`s of tokens, from pairs to a right-padded `Batch` of tensors; and the
 prompt to decode from. seq2seq.py has the same functions for an encoder-decoder;
 `pairs.pairs_of(model)` says which of the two a model needs. Letters as in model.py.
 """
@@ -29,8 +29,8 @@ def encode(tokens, limit):
 
     tokens: for each example (tokens of its source, [tokens of each reference]), from
     `pairs.tokenized`.
-    The rule for a pair that is too long: the source loses its last tokens; where not one of them
-    would be left, or the target alone is too long, the pair is refused. Returns (pairs, note); the
+    In a pair that is too long the source loses its last tokens. The pair is refused where no token
+    of the source would be left, or the target alone is too long. Returns (pairs, note); the
     note says how many were cut and refused, and is empty when none was. Raises ValueError when no
     pair is left.
     """
@@ -54,17 +54,17 @@ def encode(tokens, limit):
 
 
 def collate(pairs, model):
-    """A `Batch` with a row for each pair: ids (B, T), padded behind.
+    """A `Batch` with a row for each pair: ids (B, T), right-padded.
 
-    The last token of a row is only predicted, so the model need not read it. Padding stands behind
-    every real token, where the causal mask hides it already.
+    The last token of a row is only predicted, so the model need not read it. No key mask is
+    needed: padding comes after every real token, where the causal mask hides it already.
     """
     ids, _ = pad([pair.ids[:-1] for pair in pairs])                             # (B, T)
     return Batch({"ids": ids}, *label_tensors(pairs, ids.size(1)))
 
 
 def prompt(tokenizer, source, limit):
-    """(tokens of the source to decode from, how many were cut to leave it `limit`)."""
+    """(tokens of the source to decode from, or None where none fits; how many were cut)."""
     ids = tokenizer.source_ids(source)
     return cut_source(ids, len(ids) - limit), max(0, len(ids) - limit)
 

@@ -8,8 +8,8 @@ import sys
 from dataclasses import dataclass
 
 LONGEST_BLANK = 100_000         # in characters; a million before a word are too many for tiktoken
-# Of the texts of one split, with 400 for what else Python keeps of an example: all are in memory
-# until they are tokens.
+# The limit of one split, whose texts are all in memory until they are tokens: their characters, and
+# 400 for each example, for what else Python keeps of it.
 MOST_CHARACTERS = 4 << 30
 
 

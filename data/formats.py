@@ -1,4 +1,4 @@
-"""The files of the data sets, read and written out as text: E2E, WebNLG 2017, DART; JSON lines.
+"""The files of the data sets, read and linearised: E2E, WebNLG 2017, DART; JSON lines.
 
 Every reader takes a path and yields rows (where, source, targets, topic): the file and the line, or
 the entry of a file that is one document; a table as one line of text, its references, its category
@@ -32,8 +32,8 @@ def find(folder, names):
 
 
 def raw_lines(path):
-    """The lines of a file as bytes, unpacked where it is gzip, whatever its name says; in memory is
-    one at a time.
+    """The lines of a file as bytes, unpacked where it is gzip, whatever its name says; only
+    one line at a time is in memory.
     """
     plain_file(path)
     try:
@@ -57,8 +57,8 @@ def raw_lines(path):
 
 
 def text_lines(path):
-    """The lines of a file as text, each with its "\n", without the byte order mark and the line
-    ends of some editors.
+    """The lines of a file as text, each with its newline. A byte order mark is removed, and the
+    line ends of Windows become plain newlines.
     """
     for number, line in enumerate(raw_lines(path), 1):
         check_size(len(line), f"{path}, line {number}")
@@ -161,7 +161,7 @@ def read_e2e(path):
 
     A run of white space in a reference becomes one blank, as in the authors' rendering.
     Differs from the paper: otherwise references and tables stay as typed ("£20-25"), where the
-    authors' are tokenised ("£ 20 - 25", "a pub ."). Without its white space, all is equal.
+    authors' are tokenised ("£ 20 - 25", "a pub ."). Apart from white space both are equal.
     """
     rows = csv_rows(path)
     line, header = next(rows, (1, []))
@@ -229,8 +229,8 @@ def webnlg_xml(path):
 def read_webnlg(path, good_only):
     """A row for each entry of a JSON file, an XML file or a directory of XML; topic = category.
 
-    good_only: leave out texts that the makers marked "toFix", and an entry that has no other. The
-    authors train on the good ones only; as references all count.
+    good_only: keep only texts that the makers marked "good" (others: "toFix"), and only entries
+    that have one. The authors train on the good ones only; as references all count.
     """
     xml = path.is_dir() or path.name.removesuffix(".gz").endswith(".xml")
     for where, category, triples, texts in webnlg_xml(path) if xml else webnlg_json(path):

@@ -43,8 +43,8 @@ def is_own(name):
 
 
 def delimiter_of(path, need):
-    """What stands between the columns of a table. Of a .csv its first line decides, for some
-    programs write semicolons or tabs: what gives the names in `need`, or else the most columns.
+    """The delimiter of a table's columns. In a .csv the first line decides, since some programs
+    write semicolons or tabs: the one that gives the names in `need`, or else the most columns.
     """
     first = next((line for line in formats.text_lines(path) if line.strip()), "")
 
@@ -107,7 +107,7 @@ def file_of(path, split):
 
 
 def held_out(found, path, seed, beside):
-    """The sources that are dev where there is no file of it: a tenth, at least 1, at most 500.
+    """The sources to hold out as dev where there is no dev file: a tenth, at least 1, at most 500.
 
     Chosen by a hash of the source: the order of the lines does not matter, and lines with the same
     source are never on both sides.
@@ -125,8 +125,8 @@ def load(name, splits, seed, keys=KEYS):
     """The Examples of each of `splits` of your own file, say my.jsonl, or folder; each file is read
     once.
 
-    test is my.test.jsonl beside it, or any other of SUFFIXES; in a folder test.jsonl. dev is
-    my.dev.jsonl alike; where there is none, it is what `held_out` says, and not in train.
+    test is my.test.jsonl beside it, or with another of SUFFIXES; in a folder it is test.jsonl. dev
+    is my.dev.jsonl likewise; where there is none, `held_out` takes it out of train.
     """
     path = Path(name)
     if not path.exists() or path.is_dir() and suffix_of(path) in SUFFIXES:
@@ -141,6 +141,8 @@ def load(name, splits, seed, keys=KEYS):
             raise ValueError(f"got no {split} split for {path}, expected {beside.format(split)}; "
                              f"put it there{choice}")
     found = {file: gather(examples(rows_of(file, keys))) for file in dict.fromkeys(files.values())}
+    for file in (file for file, rows in found.items() if not rows):
+        raise ValueError(f"{file}: got no example, expected at least one; add one")
     dev = held_out(found[train], path, seed, beside) if not own_dev and train in found else set()
     return [[e for e in found[file] if file != train or (e.source in dev) == (split == "dev")]
             for split, file in files.items()]

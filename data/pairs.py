@@ -56,12 +56,12 @@ def settings_for(model, settings):
 
 
 def about_the_toy(settings, examples):
-    """What a bundled model is and is not for, where its texts are not its world's; else ""."""
+    """A note that a bundled model is a toy, where the data is not of its world; else ""."""
     name = Path(settings.model).name
     if name not in ("tiny-gpt2", "tiny-bart") or settings.data in tasks.WORLDS:
         return ""
     share = known_share(text for e in examples for text in (e.source, *e.targets))
-    return (f"{name} is a toy: it has read about an invented world only and has ever seen "
+    return (f"{name} is a toy: it has read about an invented world only and knows "
             f"{share:.0%} of the words of {settings.data}. With it you see that a prefix learns "
             "(--lr 3e-3; look at the loss), not good texts. For these take a real model, "
             "--model smollm2 (docs/llama.md) or --model gpt2")
@@ -85,7 +85,7 @@ def tokenized(examples, tokenizer):
 
 
 def encode_examples(train, dev, settings, model, tokenizer):
-    """(train, dev) as Pairs of tokens that fit the model, of dev the sample that is evaluated."""
+    """(train, dev) as Pairs of tokens that fit the model; dev is the sample to evaluate on."""
     kind, pairs, note = pairs_of(model), [], about_the_toy(settings, train)
     if note:
         print(note)

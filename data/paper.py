@@ -1,10 +1,10 @@
-"""The paper's settings as data: what a flag left out means, by data set and method.
+"""The paper's settings as data: the defaults of the flags, by data set and method.
 
-Table 6 of Li & Liang 2021 for training, section 5.3 and the official code for decoding; --help
-shows them, config.json of a run has what was used. Those of the invented world were chosen on its
-held-out kinds; those of finetune-top2 were not tuned. Those of smollm2 come from a few short runs.
-The paper does not have DialogSum and SciTLDR: they get XSum's. Other files get E2E's, with the
-paper's low-data learning rate.
+Training: table 6 of Li & Liang 2021. Decoding: section 5.3 and the official code. --help shows
+them; config.json of a run has those that were used. The settings of the invented world were chosen
+on its held-out kinds (its finetune-top2 was not tuned), those of smollm2 in a few short runs.
+DialogSum and SciTLDR are not in the paper and get XSum's. Other data gets E2E's, with the paper's
+low-data learning rate.
 """
 import dataclasses
 from pathlib import Path
@@ -51,8 +51,9 @@ TRAINING = {
         OTHER: dict(lr=5e-5, epochs=5, batch_size=10),
     },
 }
-# The official code's 11 and 62 tokens of a summary count the token that BART starts from, which
-# nobody generates.
+# The official code's 11 and 62 tokens of a summary count BART's start token: it is not generated.
+# Differs from the paper: for tables its code counts the source's tokens too, in its minimum of 5
+# and in the length of the length penalty; here both count generated tokens only.
 TABLES = dict(num_beams=5, min_new_tokens=5, max_new_tokens=100, length_penalty=1.0)
 SUMMARIES = dict(num_beams=6, min_new_tokens=10, max_new_tokens=61, length_penalty=0.8)
 DECODING = {**dict.fromkeys(("e2e", "webnlg", "dart"), TABLES),
@@ -134,6 +135,6 @@ def training_notes():
 
 
 def decoding_notes():
-    """The same of decoding."""
+    """The defaults of decoding as lines of text, for --help."""
     return "\n".join(["defaults by data set:"] + [
         f"  {data}: {values}" for data, values in DECODING.items()])

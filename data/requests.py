@@ -7,9 +7,9 @@ from data.example import check_text, short
 
 
 def find_run(name, runs, where):
-    """The one of `runs` that a request calls `name`: as on the command line, or its last part.
+    """The run in `runs` that a request means by `name`: a path as in --run, or its last part.
 
-    where: the file and its line, for the ValueError if none is called so, or several are.
+    where: the file and its line, for the ValueError where no run fits, or more than one.
     """
     if name is None and len(runs) <= 1:
         return runs[0] if runs else None
@@ -36,9 +36,9 @@ def plain_lines(path):
 
 
 def read_requests(path, runs, key="source"):
-    """(source, the run that answers it) of a file, one after the other: of its lines, or of the
-    `key` and "run" of each object where own.py reads it. Raises ValueError for a line that is no
-    source: left out, a blank one would shift all texts after it.
+    """Yield (source, the run that answers it) for each line of a file or, where own.py reads the
+    file, from `key` and "run" of each object. Raises ValueError for a line that is no source, a
+    blank one too: if it were skipped, every text after it would stand on the wrong line.
     """
     if own.suffix_of(path) in own.SUFFIXES:
         rows = ((where, row[key], find_run(row.get("run"), runs, where))
@@ -54,8 +54,8 @@ def read_requests(path, runs, key="source"):
 
 
 def check_output(output, source):
-    """Raise ValueError where the answers to the file `source` cannot be written to `output`; "":
-    no such file is asked for.
+    """Raise ValueError where the answers to the file `source` cannot be written to the file
+    `output`. "" means that the flag was left out.
     """
     if output and not source:
         raise ValueError("got --output without --input; expected both, or > FILE for one text")
@@ -64,7 +64,8 @@ def check_output(output, source):
         raise ValueError(f"got --output {output}; expected a .jsonl file, or another for texts "
                          "alone; give another name")
     if output and path.exists() and not path.is_file():
-        raise ValueError(f"got --output {output}, which is no file; give the name of one")
+        raise ValueError(f"got --output {output}, which is no file; expected a file; give another "
+                         "name")
     if output and path.exists() and path.resolve() == Path(source).resolve():
         raise ValueError(f"got --output {output}, which is --input; expected another file, for "
                          "this would replace the sources; give another name")

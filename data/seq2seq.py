@@ -9,7 +9,7 @@ MAX_SOURCE, MAX_TARGET = 512, 60        # tokens, of the paper (its code: 1024, 
 
 
 def token_limit(model, n_prefix, max_source, max_target):
-    """How many tokens a source, and a target, may have; they share no positions, nor a prefix's."""
+    """How many tokens a source and a target may have: each has its own positions, a prefix none."""
     return min(max_source, model.max_positions), min(max_target, model.max_positions)
 
 
@@ -36,8 +36,8 @@ def encode(tokens, limit):
 
 
 def decoder_pairs(pairs, model):
-    """What the decoder reads and learns: each target behind the token that every target begins
-    with.
+    """What the decoder reads and predicts: its start token, which is only read, and then the
+    target.
     """
     return [Pair([model.config.decoder_start_token_id] + pair.ids[pair.start:], 1)
             for pair in pairs]

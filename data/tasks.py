@@ -75,8 +75,8 @@ def guess(got, expected):
 def official_file(name, split, data_dir):
     """The path of an official file: in `data_dir` if one is given, else downloaded once and kept.
 
-    Files in `data_dir` are the user's own choice, as is one under another of the file's names:
-    their SHA-256 is not checked.
+    The SHA-256 is not checked for files in `data_dir`, nor for a file under another of its names:
+    these are the user's own choice.
     """
     url, sha256, names = FILES[name, split]
     if data_dir is None:
@@ -105,13 +105,13 @@ def train_and_dev(name, data_dir=None, seed=0, keys=own.KEYS):
 def load(name, split, data_dir=None, seed=0, keys=own.KEYS):
     """The Examples of one split, "train", "dev" or "test", of a task.
 
-    name: one of NAMES, or the path of your own file or folder (own.py). The micro-world's test is
-    its "test-seen" and "test-unseen" together; it has its own further splits (toy_world/tables.py).
-    data_dir: a folder with the official files, or with e2e/, webnlg/, dart/ in it; None downloads,
-    but what summaries.py reads is not downloaded.
+    name: one of NAMES, or the path of your own file or folder (own.py). The invented world's test
+    is its "test-seen" and "test-unseen" together; it has more splits (toy_world/tables.py).
+    data_dir: a folder with the official files, or with e2e/, webnlg/, dart/ in it; None: they are
+    downloaded, except for the data sets of summaries.py.
     keys: what your own file calls source and target.
-    seed: of the part held out of your own file, and of the micro-world. It is not the seed of the
-    training: runs with different seeds learn from the same data and are judged on the same dev.
+    seed: decides what is held out of your own file, and the invented world's tables. It is not the
+    seed of training: runs with different seeds learn from the same data and have the same dev.
     """
     if name in WORLDS:
         if split not in ("test", *tables.SPLITS):
@@ -133,7 +133,7 @@ def load(name, split, data_dir=None, seed=0, keys=own.KEYS):
                  examples(without_blanks(formats.read_dart(path), path)) if name == "dart" else
                  examples(formats.read_webnlg(path, good_only=split == "train")))
     elif own.is_own(name):
-        path, (found,) = name, own.load(name, (split,), seed, keys)
+        found, = own.load(name, (split,), seed, keys)
     else:
         raise ValueError(f"got the data {name!r}, expected {own.FORMS}, or one of "
                          + guess(name, NAMES))

@@ -1,14 +1,14 @@
 """The tokenizer of a model: its own vocabulary from a file, or GPT-2's, and how it frames a text.
 
-Both are byte-level BPE with GPT-2's rule for cutting text into words, so that any text can be
-encoded and comes back the same; with a tokenizer.json that is so where its makers wanted it. The
-bundled models have a small vocabulary in a file `tokenizer.tiktoken`, in tiktoken's format: a line
-for each token with its bytes in base64, a blank, and its number. BART has GPT-2's tokens under
-other numbers: a file beside the model has them. Any other vocabulary is a tokenizer.json.
+Both are byte-level BPE with GPT-2's rule for cutting text into words (pre-tokenisation): any text
+can be encoded, and decoding gives it back unchanged; a tokenizer.json may change it. The bundled
+models have a small vocabulary in a file `tokenizer.tiktoken`, in tiktoken's format: a line for each
+token with its bytes in base64, a space, and its id. BART has GPT-2's tokens under other ids: a file
+beside the model has them. Any other vocabulary is a tokenizer.json.
 
-All tokenizers answer `encode`, `decode`, `source_ids`, `target_ids` and `text_of`, and have
-`vocab_size`, `eos_token_id` and `ids`, the numbers of their tokens. A text in which someone wrote
-<|endoftext|> does not end there.
+All tokenizers have `encode`, `decode`, `source_ids`, `target_ids`, `text_of`, `vocab_size`,
+`eos_token_id` and `ids`, the ids of their tokens. A text in which someone wrote <|endoftext|> does
+not end there.
 """
 import base64
 from pathlib import Path
@@ -20,17 +20,17 @@ from data.example import check_blanks
 from utils.files import fetch_bytes, read_json_object, read_whole
 
 # How GPT-2 cuts text before bytes are merged: 's, 't and so on; runs of letters, of digits, of
-# other signs, each with one blank before it; then the other blanks.
+# other signs, each with the space before it, if there is one; then all other white space.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END_OF_TEXT = "<|endoftext|>"
-# The numbers that fairseq gives before the first token of a dict.txt, and the one after the last.
+# The tokens that fairseq puts in front of those of a dict.txt, and the one that it puts after them.
 START, PAD, END, UNKNOWN, MASK = "<s>", "<pad>", "</s>", "<unk>", "<mask>"
-# What a model's directory may hold beside it: a vocabulary that is not GPT-2's, a BART's numbers.
+# Files that may lie beside a model: a vocabulary that is not GPT-2's, the ids of a BART's tokens.
 OWN_FILES = ("tokenizer.tiktoken", "dict.txt", "vocab.json", "tokenizer.json")
 
 
 def read_ranks(path):
-    """Token (bytes) -> number, from a file in tiktoken's format; lower numbers are merged first."""
+    """Token (bytes) -> id, from a file in tiktoken's format; lower ids are merged first."""
     ranks = {}
     for number, line in enumerate(read_whole(path).split(b"\n"), 1):
         if not line.strip():
@@ -49,16 +49,16 @@ def read_ranks(path):
 
 
 def byte_of_letter():
-    """GPT-2's letters for bytes: printable Latin-1 stands for itself, the rest for 256 and on."""
+    """GPT-2's letter -> byte: printable Latin-1 is itself, 256 and on are the other bytes."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
 def read_dict(path):
-    """BART's number -> the BPE's number, or the name of a special token, from fairseq's dict.txt.
+    """BART's token id -> the BPE's id, or the name of a special token, from fairseq's dict.txt.
 
-    Line n (from 0) is number n + 4: `BPE-NUMBER COUNT`; "madeupword0000" and others fill up.
+    Line n (from 0) has the id n + 4: `BPE-ID COUNT`; "madeupword0000" and others fill gaps.
     """
     words = [line.split(" ")[0] for line in read_whole(path).decode("utf-8").splitlines()]
     numbers = [int(word) if word.isdigit() else word for word in words]
@@ -72,7 +72,7 @@ def read_vocab(path):
 
 
 def read_vocab_json(path, encoding):
-    """BART's number -> the BPE's number, or a name, from one of Hugging Face's files."""
+    """BART's token id -> the BPE's id, or a name, from one of Hugging Face's files."""
     byte_of, order = byte_of_letter(), {}
     for token, number in read_vocab(path).items():
         order[number] = token
@@ -105,7 +105,7 @@ class Tokenizer:
         return self.encoding.decode(ids)
 
     def source_ids(self, source):
-        """The tokens up to and with the first <|endoftext|>: all there is before decoding."""
+        """The tokens up to and including the first <|endoftext|>: the prompt to decode from."""
         return [*self.encode(f" {source} "), self.eos_token_id]
 
     def target_ids(self, target):
@@ -229,7 +229,7 @@ def load_tokenizer(directory):
     """The tokenizer of the model in `directory`: its tokenizer.json or tokenizer.tiktoken, or else
     tiktoken's "gpt2"; and for a BART its numbers, from dict.txt, vocab.json or tokenizer.json.
 
-    <|endoftext|> is the number after the last token, as in GPT-2 (50,257 numbers, 50256 the last).
+    <|endoftext|> has the id after the last token's, as in GPT-2 (50,257 ids, the last is 50256).
     Raises OSError when GPT-2's vocabulary is neither in tiktoken's cache nor to be downloaded, and
     ValueError for a damaged file.
     """

@@ -17,7 +17,7 @@ def on_device(tokens, device):
 
 
 def ngram_continuations(tokens, n):
-    """The tokens that once followed what are now the last n - 1 of `tokens`."""
+    """The tokens that would repeat an n-gram: each followed an earlier copy of the last n - 1."""
     end = tokens[len(tokens) - n + 1:]
     return {tokens[i + n - 1] for i in range(len(tokens) - n + 1) if tokens[i:i + n - 1] == end}
 
@@ -52,7 +52,7 @@ class Constraints:
         return self.forced_bos_token_id if step == 0 else None
 
     def apply(self, scores, step, sequences):
-        """Set to -inf, in place, what may not be the token number `step` of each row.
+        """Set to -inf, in place, the tokens that are not allowed at `step`; a forced one to 0.
 
         scores: (rows, V), logits or log-probabilities. sequences: for each row the list of all
         tokens that the decoder has read, prompt and own; used for `no_repeat_ngram_size` only.
@@ -64,7 +64,8 @@ class Constraints:
             return
         scores.index_fill_(1, on_device(self.banned_tokens, scores.device), float("-inf"))
         if self.no_repeat_ngram_size:
-            # The end is no repetition: a source ends as its text does, in a blank and this token.
+            # But never an end: GPT-2's source and target both end in a space and <|endoftext|>, so
+            # the prompt may have that n-gram already, and the text could not end.
             for row, tokens in enumerate(sequences):
                 repeats = ngram_continuations(tokens, self.no_repeat_ngram_size)
                 scores[row, list(repeats.difference(self.ends()))] = float("-inf")
@@ -81,8 +82,8 @@ def banned_tokens(tokenizer, texts):
 
 
 def constraints_of(model, tokenizer, ban=(), **settings):
-    """The `Constraints` of a model and its tokenizer, with the fields `settings`: the end and what
-    the model's makers force and end a text with. ban: texts whose tokens are never generated.
+    """The `Constraints` of a model: its end token, what its makers force or end a text with, and
+    the fields `settings`. ban: texts whose tokens are never generated.
 
     Rows of the word embedding without a token in the vocabulary, as in a resized model, are never
     generated either.

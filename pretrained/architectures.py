@@ -34,7 +34,7 @@ SILU = ("silu", "swish")
 
 
 def gpt2_config(theirs):
-    """A GPT-2's config.json; `n_inner` stays only where it is not 4 times the width, as here."""
+    """A GPT-2's config.json; an `n_inner` of 4 times the width, the only one here, becomes None."""
     usual = type(theirs.get("n_embd")) is int and theirs.get("n_inner") == 4 * theirs["n_embd"]
     return theirs | {"n_inner": None} if usual else theirs
 
@@ -50,7 +50,7 @@ def gpt2():
 
 
 def bart_config(theirs):
-    """A BART's config.json; uploads before October 2020 leave out what targets begin with."""
+    """A BART's config.json; uploads before October 2020 have no decoder_start_token_id."""
     return {"decoder_start_token_id": 2} | theirs
 
 
@@ -109,8 +109,8 @@ def architecture(name):
 
 def check_config(config, path):
     """Raise ValueError unless each number of a model's `config`, read from the file `path`, is of
-    its type and of a size that a model may have: a layer that is made takes memory before a weight
-    does.
+    its type and of a size that a model may have. Even without weights every layer takes memory, so
+    a wrong number could fill it.
     """
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), field.name
@@ -128,9 +128,10 @@ def check_config(config, path):
 
 
 def parse_layers(text, model):
-    """How many of the model's upper layers "10-29" are, numbered from 0; all of "".
+    """How many upper layers `text`, such as "10-29", names; layers count from 0, "" means all.
 
-    Raises ValueError for other layers: only below a prefix is there nothing to compute backwards.
+    Raises ValueError for layers that do not reach the top: the backward pass is spared only in the
+    layers below a prefix.
     """
     totals = {len(part) for part in tensors_of(model.empty_prefix())}   # encoder and decoder
     first, dash, last = text.partition("-")

@@ -1,7 +1,7 @@
 """Models on the disk: DIRECTORY/config.json and DIRECTORY/model.pt, and whose weights they are.
 
 A prefix belongs to one set of frozen weights, so these get a name, their fingerprint. A damaged
-file is a ValueError in one line: of what is written here, one changed bit is enough. Not here:
+file is a ValueError in one line; in files written here one changed bit is noticed. Not here:
 which classes a model has (architectures.py), other people's files (hugging_face.py).
 """
 import dataclasses
@@ -31,7 +31,7 @@ def describe(error):
 
 
 def fingerprint(model):
-    """A name for these very weights: 16 digits of SHA-256 of all names, shapes and numbers."""
+    """A name for these very weights: 16 hex digits of SHA-256 of names, shapes, dtypes, values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -53,13 +53,14 @@ def read_tensors(path):
             damaged = archive.testzip() or next((entry.filename for entry in archive.infolist()
                                                  if entry.external_attr & 0x10), None)
         if damaged:
-            raise ValueError(f"{damaged} in it has another checksum than when it was written")
+            raise ValueError(f"{damaged} in it has another checksum, or mark, than when it was "
+                             "written")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def check_finite(tensors, source):
     """Raise ValueError where a tensor of the dictionary `tensors` has a NaN or an infinity: with it
-    a model says its token 0 for ever. source: where they come from, or are to go.
+    all logits are NaN, and decoding repeats token 0. source: where they come from, or are to go.
     """
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
@@ -90,15 +91,15 @@ def save(model, directory, again=False):
     with atomic_write(directory / "model.pt") as file:
         torch.save(state, file)
         if not again or not config.exists():
-            file.flush()                # what was there before is needed where the disk is full
+            file.flush()                # a full disk has to show before config.json is replaced
             os.fsync(file.fileno())
-            # First: a kill between the two leaves a fingerprint that the old weights do not have,
-            # and never new weights under an old config.json.
+            # config.json before model.pt: a kill between the two leaves a fingerprint that the old
+            # weights do not have, and never new weights beside an old config.json.
             write_json(config, about)
 
 
 def frame(directory):
-    """(the model in `directory` without numbers, what its config.json says); one of UNREADABLE."""
+    """(the model in `directory` without its weights, its config.json). Raises one of UNREADABLE."""
     about = read_json(directory / "config.json")
     classes = architecture(about["architecture"])
     config, generation = classes.config(**about["config"]), about.get("generation_config", {})
@@ -118,7 +119,7 @@ def frame(directory):
 def load(directory, device="cpu", dtype=torch.float32, named=False):
     """The frozen model in DIRECTORY: every weight has requires_grad False.
 
-    named: as far as config.json describes it, without numbers where that names their fingerprint.
+    named: config and fingerprint are enough; weights are read only where config.json has none.
     Raises ValueError where the directory does not hold a model written by `save`.
     """
     directory = Path(directory)

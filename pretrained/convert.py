@@ -37,7 +37,8 @@ class Settings:
 def convert_prefix(settings):
     """A prefix to peft's format, or from it."""
     if settings.to_peft:
-        if not settings.run or settings.from_peft or settings.source:
+        others = settings.from_peft, settings.source, settings.out, settings.model
+        if not settings.run or any(others):
             raise ValueError("got --to-peft; expected --run out/NAME beside it, and nothing else; "
                              "`python -m pretrained.convert --run out/NAME --to-peft DIR`")
         write_peft(settings.run, settings.to_peft)
@@ -58,6 +59,9 @@ def main(argv=None):
     if settings.to_peft or settings.from_peft:
         convert_prefix(settings)
         return
+    if settings.run or settings.model:
+        raise ValueError("got --run or --model, which belong to --to-peft DIR and --from-peft DIR; "
+                         "expected one of these beside; add it, or leave the other out")
     source = settings.source
     out = Path(settings.out or WEIGHTS / Path(source).resolve().name.removesuffix(".gguf"))
     if source and Path(source).resolve() == out.resolve():

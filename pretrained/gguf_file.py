@@ -1,9 +1,9 @@
 """A Llama in one GGUF file (llama.cpp's format), quantised or not -> our config, weights, tokens.
 
-The weights come out in fp32. Traps: llama.cpp turns neighbouring numbers of a head where Hugging
-Face's layout turns its two halves, so the rows of the query and key weights are in another order,
-each by its own number of heads (undone wrongly, the text is right for some twenty tokens and then
-falls apart); a file without a head has a tied one. Needs the package gguf.
+The weights come out in fp32. Traps: RoPE rotates pairs of neighbours of a head in llama.cpp, and
+pairs from its two halves in Hugging Face's layout, so the rows of the query and key weights are in
+another order, each by its own number of heads (undone wrongly, the text is right for some twenty
+tokens and then falls apart); a file without a head has a tied one. Needs the package gguf.
 """
 from pathlib import Path
 
@@ -18,7 +18,7 @@ NAMES = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k":
          "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
          "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 OUTSIDE = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
-# How a vocabulary cuts text before its merges, by the file's own word for it.
+# Pre-tokeniser, by its name in the file -> whether every digit is cut off alone.
 DIGITS_ALONE = {"smollm": True, "gpt-2": False}
 
 
@@ -46,7 +46,7 @@ def our_name(name):
 
 
 def halves_of_pairs(weight, heads):
-    """Rows that are neighbours in a head, in llama.cpp's order, as the two halves of it."""
+    """From llama.cpp's order of rows, rotated pairs side by side, to Hugging Face's two halves."""
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)    # (heads * D, C)
 
 

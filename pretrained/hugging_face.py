@@ -3,7 +3,7 @@
 A file from elsewhere is not trusted: tensors are read and code is refused, and every name and every
 shape must be what the model here expects, for a checkpoint that nearly fits would generate nonsense
 without an error. Not here: the tables of the names (architectures.py), downloads (hub.py), the
-tokenizer, but for the file that numbers BART's tokens, which is copied.
+tokenizer: its file is copied as it is, unless the vocabulary is GPT-2's own.
 """
 import dataclasses
 import importlib.util
@@ -23,7 +23,7 @@ from utils.files import atomic_write, plain_file, read_json_object, read_whole
 
 # What is kept of how the makers decode: tokens. Beams and lengths are chosen by the data set.
 FORCED = ("forced_bos_token_id", "forced_eos_token_id")
-# Vocabularies that are not read: a model beside one of them alone would speak English by chance.
+# Vocabularies that are not read: with GPT-2's tokens in their place the text would be nonsense.
 OTHER_VOCABULARIES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "vocab.txt")
 GENERATION = (*FORCED, "bos_token_id", "eos_token_id")
 # What git leaves in the place of a large file where git-lfs is not installed.
@@ -56,7 +56,7 @@ def read_configs(directory):
 def generation_config(both, vocab_size, path):
     """What is kept of `read_configs`: {name: a token, or a list of the several that end a text}.
 
-    An end, or a beginning, that the model has no row for can never be said, and is left out.
+    An end or beginning without a row in the word embedding cannot be generated, and is left out.
     """
     kept = {}
     for name in GENERATION:
@@ -219,7 +219,7 @@ def rename(theirs, model, classes, source):
 
 
 def check_names(ours, model, source):
-    """Raise ValueError unless names, shapes and kinds of numbers are exactly those of `model`."""
+    """Raise ValueError unless names and shapes are those of `model`, in floating point."""
     wanted = model.state_dict()
     for what, names in (("without", wanted.keys() - ours.keys()),
                         ("with the unknown", ours.keys() - wanted.keys())):

@@ -78,10 +78,10 @@ def find_model(name):
 def fingerprint_of(model, tokenizer):
     """A name for a model with its tokens, 16 digits of SHA-256.
 
-    It covers the weights' own fingerprint, the settings (with other heads the same weights compute
-    nonsense) and the text of every token.
+    It covers the weights' own fingerprint, the config (with another number of heads the weights
+    compute something else), the end token and the text of every token.
     """
-    # Only what is not the default, so that a setting that is new here renames no older model.
+    # Only what is not the default, so that a new field of the config changes no old fingerprint.
     config = {field.name: getattr(model.config, field.name)
               for field in dataclasses.fields(model.config)
               if getattr(model.config, field.name) != field.default}

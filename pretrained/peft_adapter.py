@@ -89,8 +89,8 @@ def read_config(directory):
                          "expected adapter_config.json and adapter_model.safetensors; give the "
                          "directory that save_pretrained wrote") from error
     if kind != "PREFIX_TUNING":
-        raise ValueError(f"got {directory}, an adapter of the kind {kind}; expected PREFIX_TUNING; "
-                         "no other of peft's methods is a prefix of every layer")
+        raise ValueError(f"got {directory}, an adapter of the kind {kind}; expected PREFIX_TUNING, "
+                         "the only kind that is read here; choose another adapter")
     parts = about.get("num_transformer_submodules") or 1
     if task != "CAUSAL_LM" or parts != 1:
         raise ValueError(f"got {directory}, a prefix for the task {task} and {parts} submodules; "

@@ -108,7 +108,7 @@ def run_settings(directory):
     """
     try:
         settings = read_json(Path(directory) / "config.json")["settings"]
-        # The other settings are only compared or shown; those of a run that goes on: `check`.
+        # Other settings are only compared or shown; `resumed_settings` checks all of them.
         for name, kinds in READ.items():
             if (name in settings or name == "model") and not isinstance(settings[name], kinds):
                 raise TypeError(f"its {name} is {settings[name]!r:.60}")
@@ -216,7 +216,7 @@ def commit_here():
 
 
 def environment():
-    """What decides the last bits of the numbers, beside the settings."""
+    """What else than the settings decides the last bits of the numbers."""
     return {"python": platform.python_version(), "torch": torch.__version__,
             "threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
 
@@ -263,8 +263,8 @@ def remove_unsaved(directory):
 
 
 def mend(directory):
-    """Put back what of a run is not as it was at its last saving, if there is one, and say so: its
-    log, from which others decide.
+    """Restore a run's other files, as its log, to what they were when resume.pt was written, if it
+    was, and say so: programs that choose between runs read the log.
     """
     path = Path(directory) / "resume.pt"
     if path.exists():

@@ -11,7 +11,7 @@ import train
 from data import own
 from data.example import Example
 from data.requests import answer_line, read_requests
-from data.tasks import load
+from data.tasks import load, train_and_dev
 from data.toy_world.tables import task
 from data.toy_world.text import known_share
 from pretrained.run_directory import names_of
@@ -32,6 +32,19 @@ def write_form(path, rows=ROWS, names=("source", "target")):
     if path.suffix == ".gz":
         path.write_bytes(gzip.compress(path.read_bytes()))
     return path
+
+
+@pytest.mark.parametrize("name", ["my.jsonl", "my.json", "my.csv"])
+@pytest.mark.parametrize("empty", ["train", "dev"])
+def test_a_file_without_a_row_is_named(tmp_path, name, empty):
+    """Would catch: "division by zero" and "expects a non-empty TensorList", or a file of others."""
+    path = tmp_path / name
+    dev = path.with_name(f"my.dev{path.suffix}")
+    for split, file in (("train", path), ("dev", dev)):
+        write_form(file, [] if split == empty else ROWS)
+    wrong = path if empty == "train" else dev
+    with pytest.raises(ValueError, match=f"{wrong.name}: got (no example|an empty file), exp"):
+        train_and_dev(str(path))
 
 
 @pytest.mark.parametrize("name", ["my.jsonl", "my.JSONL", "my.json", "my.csv", "my.tsv",
@@ -153,7 +166,7 @@ def test_the_toy_says_what_it_is_for(tmp_path, monkeypatch, capsys):
                 "--out", "my run"])
     out = capsys.readouterr().out
     assert "tiny-gpt2 is a toy" in out and "take a real model, --model smollm2" in out
-    assert "has ever seen 50% of the words of my.csv" in out
+    assert "knows 50% of the words of my.csv" in out
     assert "decode with: python sample.py --run 'my run' 'Der Zug hielt " in out
     before, after = out.split("the frozen model without a prefix has ")
     assert before.endswith("lower is better; ") and float(after.split("\n")[0]) > 3
@@ -174,5 +187,5 @@ def test_a_file_without_rows_is_told(tmp_path):
     """Would catch: "0 pairs, every one with a target too long" for a table that has only names."""
     for name, text in (("a.csv", "source,target\n"), ("b.json", "[]")):
         (tmp_path / name).write_text(text)
-        with pytest.raises(ValueError, match=f"{name}: got 0 distinct sources, expected two or"):
+        with pytest.raises(ValueError, match=f"{name}: got no example, expected at least one"):
             own.load(str(tmp_path / name), ("train", "dev"), 0)

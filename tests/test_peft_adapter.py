@@ -169,6 +169,12 @@ def test_what_has_no_such_form_is_refused(run, tmp_path, model_directory, monkey
         convert.main(["--to-peft", str(tmp_path / "peft")])
     with pytest.raises(ValueError, match="got --from-peft; expected --out"):
         convert.main(["--from-peft", str(tmp_path / "peft")])
+    for more in (["--model", "gpt2"], ["--out", str(tmp_path / "out")], ["gpt2"]):
+        with pytest.raises(ValueError, match="got --to-peft; expected --run .* and nothing else"):
+            convert.main(["--to-peft", str(tmp_path / "peft"), "--run", str(run), *more])
+    for more in (["--model", "gpt2"], ["--run", str(run)]):
+        with pytest.raises(ValueError, match="got --run or --model, which belong to --to-peft"):
+            convert.main(["gpt2", "--out", str(tmp_path / "out"), *more])
     with pytest.raises(ValueError, match="which is not empty"):
         convert.main(["--run", str(run), "--to-peft", str(run)])
     with pytest.raises(ValueError, match="which has no prefix.pt"):

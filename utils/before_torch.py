@@ -1,11 +1,12 @@
-"""What has to be done before torch is imported; every program and room that trains imports it.
+"""What has to be done before torch is imported; every program imports it, and so do
+data/, pretrained/ and scripts/.
 
-PyTorch's threads spin while they wait for each other, which makes a small model several times
-slower on a busy computer. Passive threads sleep. torch reads this once, when it is imported: where
-that was done already, as in an old notebook, it is too late, and nothing else changes.
-A Python that is too old and a package that is missing are told in one sentence here, for what is
-imported next would fail; Ctrl-C meanwhile in one word. So this file has to be readable for old
-Pythons. Knows nothing of the project but its packages.
+PyTorch's threads (OpenMP) spin while they wait for each other, which makes a small model several
+times slower on a busy computer. Passive threads sleep. OpenMP reads this once, when torch is
+imported: if that has happened already, as in an open notebook, nothing changes.
+A Python that is too old and a package that is missing are reported in one sentence here, before an
+import fails with a traceback; Ctrl-C during the imports, in one word. So old Pythons must be able
+to parse this file. Knows nothing of the project but its packages.
 """
 import importlib.util
 import os
@@ -39,8 +40,8 @@ def is_program():
     frame = sys._getframe(1)
     while frame.f_globals["__name__"] == __name__ or "importlib" in frame.f_code.co_filename:
         frame = frame.f_back
-    # Who imports this file; a notebook has no file. `python -m` is called "-m" until it has found
-    # the module, so while our package is imported.
+    # Now frame is whoever imports this file; a notebook has no __file__. Under `python -m` argv[0]
+    # is "-m" until the module is found, that is, while our package is imported.
     about = frame.f_globals
     return about["__name__"] == "__main__" and "__file__" in about or sys.argv[:1] == ["-m"]
 

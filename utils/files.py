@@ -113,8 +113,9 @@ def append_lines(path, lines):
 def lock(path):
     """Take the lock file `path` for as long as this process lives; readers need none.
 
-    Raises ValueError where another process has it. Windows has no such lock, some network file
-    systems neither: there it is only said. Returns the file's number: closing it frees the lock.
+    Raises ValueError where another process has it. Where there is no such lock (Windows,
+    some network file systems), that is only printed. Returns the file descriptor: to close it, or
+    any other of this file in this process, frees the lock.
     """
     number = None
     try:
@@ -215,7 +216,7 @@ def read_json(path):
 
 UNCHECKED = 100 << 20       # bytes at most of a file without a checksum: settings, a vocabulary
 CHECKED = 64 << 30          # and of one with a checksum: GPT-2 xl has 6 GB
-# Bytes a second over all seconds from the first of these on: less is no download that ends.
+# Bytes a second, on average, that a download must have after PATIENCE seconds; else it is given up.
 SLOWEST, PATIENCE = 1 << 10, 60
 
 
@@ -307,7 +308,7 @@ def _chunks(reply, url, most):
     with progress(total=length or None, unit="B", name=url.rsplit("/")[-1], unit_scale=True) as bar:
         while True:
             try:
-                chunk = reply.read1(1 << 20)            # what is there: it never waits for more
+                chunk = reply.read1(1 << 20)            # what has come: it waits for no full MB
                 got += len(chunk)
                 Endless.check(got, began, most)
             except Endless as error:

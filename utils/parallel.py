@@ -1,7 +1,7 @@
 """A function over many pieces of work, by several processes at once; the results in order.
 
 Knows nothing of the project. Processes and not threads: short calls into a library take longer
-with threads, for each of them waits for Python's lock.
+with threads, for each of them waits for the GIL.
 """
 import contextlib
 import gc

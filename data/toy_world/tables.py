@@ -34,8 +34,8 @@ def linearise(thing):
     return " | ".join(f"{key} : {value}" for key, value in thing.entries())
 
 
-# ---- the styles. Three writers for each table: number 0 always has the usual words, 1 and 2 have
-# words of their own, and each has a habit of building sentences.
+# ---- the styles. Three writers for each table: writer 0 always uses a fact's usual phrase, 1 and 2
+# draw one of its three phrases, and each has its own way of building sentences.
 
 def phrases_of(writer, thing, rng):
     """Every fact in this writer's words: (with a main verb, as a participle)."""
@@ -59,8 +59,8 @@ def near(thing, writer, rng):
 def hard(thing, writer, rng):
     """`A ship built in 1874 and sailing from Marford, Belora, which carries sugar, is painted red.`
 
-    The last fact and the one before it come first, the others follow in their order. The sentence
-    holds two of them; what is left comes after "It also".
+    The last two facts (of writer 1 only the last) come first, the others follow in their order. The
+    sentence holds two of these; what is left comes after "It also".
     """
     phrases = phrases_of(writer, thing, rng)
     front = 1 if writer == 1 else 2

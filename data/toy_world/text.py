@@ -84,7 +84,7 @@ def sheet_then_prose(thing, rng):
 
 
 def sheet_then_sheet(thing, rng):
-    """In two notations: there is nothing to learn here but to find a key and copy its value."""
+    """Mostly in two notations: all there is to learn is to find a key and to copy its value."""
     return paired(sheet(thing, rng), sheet(thing, rng), rng)
 
 

@@ -66,6 +66,16 @@ def test_lambda_is_the_sum_of_the_weights_over_the_prefix(case):
     assert n_calls == len(noted.calls)
 
 
+def test_layers_below_a_prefix_of_the_upper_ones_give_it_nothing(case):
+    """Would catch: BART's encoder layers counted by its prefix, which may have fewer."""
+    model, prefix, pair = case
+    upper = tuple(part[1:] for part in tensors_of(prefix))
+    upper = prefix._make(upper) if isinstance(prefix, tuple) else upper[0]
+    for (_, shares), part in zip(attention_shares(model, upper, pair).values(),
+                                 tensors_of(prefix)):
+        assert len(shares) == len(part) and not shares[0].any() and (shares[1:] > 0).all()
+
+
 def test_a_head_says_lambda_of_what_the_prefix_says():
     """The mixture of He et al. 2021. Would catch: a lambda that is no share of the output."""
     torch.manual_seed(5)

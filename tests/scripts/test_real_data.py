@@ -161,9 +161,10 @@ def test_runs_to_their_end_once(real_data_dir, tmp_path, monkeypatch):
             Run("low", "low-50-1-prefix", "low-50-1", ("--prefix-len", "3", *few)),
             *(Run("grid", f"grid-prefix-{lr}", "low-50-1", ("--lr", lr, *few))
               for lr in ("0.001", "0.002")),
-            Run("main", "e2e-finetune", "e2e", ("--method", "finetune", "--share-source", "3",
-                                                *few), True)]
+            Run("main", "e2e-finetune", "low-50-1", ("--method", "finetune", "--share-source",
+                                                     "3", *few), True)]
     monkeypatch.setattr(real_data, "plan", lambda rows: runs)
+    monkeypatch.setenv("PATH", "")      # no Java: METEOR takes ten seconds, and has its own tests
     words = ["--model", "tiny-gpt2", "--data-dir", str(real_data_dir), "--limit", "6", "--out",
              str(tmp_path / "out"), "--results", str(tmp_path / "rows.jsonl")]
     call, seen = real_data.call, []

@@ -143,7 +143,9 @@ def carry_out(job, place=None):
         ended = subprocess.run([sys.executable, *words], cwd=HERE, capture_output=True, text=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})
         if ended.returncode:
-            raise ValueError(f"`python {' '.join(words)}` ended with: {ended.stderr[-500:]}")
+            raise ValueError(f"`python {' '.join(words)}` ended with: "
+                             f"{ended.stderr[-500:].strip()}; mend that, and give the same "
+                             "command again to go on")
         losses = [row for row in read_rows(out / "log.jsonl") if "dev_loss" in row]
         best = min(losses, key=lambda row: row["dev_loss"])
         with contextlib.redirect_stderr(io.StringIO()):         # the device, named for every run

@@ -109,7 +109,8 @@ def repeats(runs, names):
     unknown = {*names} - {*able}
     if unknown:
         raise ValueError(f"got --again {sorted(unknown)}; expected runs that learn and are planned "
-                         f"so far: {', '.join(able)}; a run is planned when its grid is complete")
+                         f"so far: {', '.join(able) or 'none'}; a run is planned when its grid is "
+                         "complete")
     return [able[name]._replace(group="seeds", name=f"{name}-seed-{seed}",
                                 flags=(*able[name].flags, "--seed", str(seed)))
             for name in dict.fromkeys(names) for seed in MORE_SEEDS]

@@ -215,7 +215,8 @@ class BART(LanguageModel):
             positions = position_ids(key_mask[:, keys - n_tokens:], T, tree)    # (B, T)
         n_layers = len(self.decoder.layers)
         layers = self.prefix_and_mask(prefix.decoder, n_layers, key_mask, T, True, tree)
-        n_cross = prefix.cross.size(4) + encoded.kv.size(4) - encoded.key_mask.size(1)  # decode: 0
+        # The prefix's keys that the mask lacks: all while learning, none in decoding.
+        n_cross = prefix.cross.size(4) + encoded.kv.size(4) - encoded.key_mask.size(1)
         source_mask = F.pad(encoded.key_mask, (n_cross, 0), value=True)         # (1 or B, P+S)
         cross_layers = self.prefix_and_mask(prefix.cross, n_layers, source_mask, T, causal=False)
         x = self.decoder.embed(self.shared(ids), positions, n_tokens if tree is None else 0)

@@ -148,6 +148,7 @@ def decode(run, settings, out, beams):
 
 
 def check_score(run, scores):
+    """Raises ValueError where the score that decides is not among {part: scores}."""
     score = DECIDES.get(run.data, "BLEU")
     if score not in scores["all"]:
         raise ValueError(f"got no {score} of {run.name}, which decides; expected the packages that "

@@ -95,6 +95,7 @@ def plan(rows):
 
 
 def low_flags(size):
+    """The flags of train.py for little data; all of its dev set is used, as it is small."""
     steps = LOW[size]
     return ("--batch-size", "10", "--steps", str(steps), "--warmup", "20", "--dev-every",
             str(steps // 10), "--dev-pairs", "0")
